@@ -1,0 +1,42 @@
+"""sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
+
+from sdekit.grids import GRIDS
+from sdekit.likelihood import Likelihood, log_likelihood
+from sdekit.mixture import GaussianMixture
+from sdekit.noise import Noise
+from sdekit.processes import HeatODE, SubVPSDE, VESDE, VPSDE
+from sdekit.reverse import Reverse
+from sdekit.samplers import SAMPLERS, Sampler, ode_sample, pc_sample, sample
+from sdekit.score import as_score
+from sdekit.sde import SDE, System
+from sdekit.solution import Solution, SolverError
+from sdekit.solve import solve
+from sdekit.steppers import StepRule, step_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRIDS",
+    "SAMPLERS",
+    "SDE",
+    "GaussianMixture",
+    "HeatODE",
+    "Likelihood",
+    "Noise",
+    "Reverse",
+    "Sampler",
+    "Solution",
+    "SolverError",
+    "StepRule",
+    "SubVPSDE",
+    "System",
+    "VESDE",
+    "VPSDE",
+    "as_score",
+    "log_likelihood",
+    "ode_sample",
+    "pc_sample",
+    "sample",
+    "solve",
+    "step_rule",
+]

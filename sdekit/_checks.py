@@ -1,0 +1,62 @@
+"""Messages for bad input: each names the argument, what it was, and what would do."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+V = TypeVar("V")
+
+
+def lookup(table: Mapping[str, V], name: str, what: str) -> V:
+    """``table[name]``; an unknown name raises with the near ones and the whole list."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(table))}")
+
+
+def positive(value: Any, name: str, *, zero: bool = False) -> float:
+    """A finite float > 0 (>= 0 with ``zero``)."""
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+    return float(value)
+
+
+def count(value: Any, name: str, *, minimum: int = 1) -> int:
+    """A whole number of at least ``minimum``; 2.5 and True are refused."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def event_shape(shape: Sequence[int]) -> torch.Size:
+    """A sample shape (B, *event) with B >= 1 and no empty axis."""
+    try:
+        size = torch.Size(shape)
+    except TypeError:
+        raise TypeError(f"shape must be a sequence of whole numbers (B, *event), got {shape!r}") from None
+    if len(size) == 0 or min(size) < 1:
+        raise ValueError(f"shape must be (B, *event) with every entry at least 1, got {tuple(size)}")
+    return size
+
+
+def state(x: Any, name: str = "x") -> Tensor:
+    """A finite floating tensor with a batch axis."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {x.dtype}; convert with .float() or .double()")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (B, *event), not empty, got {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} non-finite values; pass finite ones")
+    return x

@@ -1,0 +1,136 @@
+"""Other people's solvers behind the same call: the same system in, the same Solution out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torchdiffeq
+import torchsde
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from sdekit.sde import System
+from sdekit.solution import SUCCESS, Solution, full
+
+
+def _torchdiffeq(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+    _needs_ode(system, "torchdiffeq")
+    times = grid.to(x.device, x.dtype) if x.device.type == "mps" else grid.to(x.device)
+
+    def rhs(t: Tensor, y: Tensor) -> Tensor:
+        return system.drift(y, _inside(float(t), grid))
+
+    return torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method)[-1]
+
+
+def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+    _needs_ode(system, "scipy")
+
+    def rhs(t: float, y: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(y).to(x).reshape(x.shape)
+        return system.drift(state, _inside(float(t), grid)).double().cpu().numpy().ravel()
+
+    ends = (float(grid[0]), float(grid[-1]))
+    out = solve_ivp(rhs, ends, x.double().cpu().numpy().ravel(), method=method, rtol=rtol, atol=atol)
+    if not out.success:
+        raise RuntimeError(out.message)
+    return torch.from_numpy(out.y[:, -1].copy()).to(x).reshape(x.shape)
+
+
+class _Flat:
+    """A system for torchsde: state (B, d), increasing time. Decreasing time is  tau = grid[0] - t."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(self, system: System, x: Tensor, grid: Tensor) -> None:
+        self.system, self.shape, self.grid = system, x.shape, grid
+        self.sign = 1.0 if grid[-1] > grid[0] else -1.0
+
+    def _t(self, tau: Tensor) -> float:
+        return _inside(float(self.grid[0]) + self.sign * float(tau), self.grid)
+
+    def f(self, tau: Tensor, y: Tensor) -> Tensor:
+        return self.sign * self.system.drift(y.reshape(self.shape), self._t(tau)).reshape(y.shape)
+
+    def g(self, tau: Tensor, y: Tensor) -> Tensor:
+        return y.new_full(y.shape, float(self.system.diffusion(self._t(tau))))
+
+
+class _Path(torchsde.BaseBrownian):
+    """Keyed noise as torchsde's Brownian motion: increments of successive intervals, asked for in order."""
+
+    def __init__(self, noise: Any, x: Tensor) -> None:
+        super().__init__()
+        self._noise, self._like = noise, x
+
+    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
+        if return_U or return_A or tb is None:
+            raise ValueError("torchsde methods that need more than the path's increments are not supported here")
+        return self._noise.increment(float(ta), float(tb)).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        return "sdekit's keyed noise"
+
+    dtype = property(lambda self: self._like.dtype)
+    device = property(lambda self: self._like.device)
+    shape = property(lambda self: torch.Size((self._like.shape[0], self._like[0].numel())))
+    levy_area_approximation = property(lambda self: "none")
+
+
+def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+    flat, y = _Flat(system, x, grid), x.reshape(x.shape[0], -1)
+    taus = (grid - grid[0]).abs().tolist()
+    for start, end in zip(taus[:-1], taus[1:], strict=True):  # its steps have one length: one call per interval
+        y = torchsde.sdeint(flat, y, [start, end], bm=_Path(noise, x), method=method, dt=end - start)[-1]
+    return y.reshape(x.shape)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"torchdiffeq": _torchdiffeq, "torchsde": _torchsde, "scipy": _scipy}
+
+
+def run(
+    backend: Callable[..., Tensor],
+    system: System,
+    x: Tensor,
+    grid: Tensor,
+    method: str,
+    *,
+    rtol: float,
+    atol: float,
+    noise: Any,
+) -> Solution:
+    """x at grid[-1] by a back-end's ``method``; its own failure becomes the status "failed" and NaN."""
+    nfe, status, t = system.nfe, SUCCESS, float(grid[-1])
+    try:
+        out = backend(system, x, grid, method, rtol, atol, noise)
+    except (AssertionError, RuntimeError) as reason:
+        if isinstance(reason, FloatingPointError) or not _gave_up(reason):
+            raise
+        out, status, t = torch.full_like(x, torch.nan), "failed", float(grid[0])
+    system.settle()
+    evaluations = system.nfe - nfe
+    return Solution(
+        x=out,
+        t=full(x, t, torch.float64),
+        nfe=evaluations,
+        nfe_per_sample=full(x, evaluations, torch.int64),
+        accepted=None,
+        rejected=None,
+        status=[status] * x.shape[0],
+    )
+
+
+def _gave_up(reason: Exception) -> bool:
+    return any(words in str(reason) for words in ("underflow in dt", "max_num_steps", "step size", "Required step"))
+
+
+def _needs_ode(system: System, name: str) -> None:
+    if system.churn:
+        raise ValueError(f"{name} integrates ODEs: it needs churn = 0, got {system.churn:g}; torchsde takes noise")
+
+
+def _inside(t: float, grid: Tensor) -> float:
+    """A back-end's time, a float32 rounding or a probe step beyond the ends brought back to them."""
+    low, high = sorted((float(grid[0]), float(grid[-1])))
+    return min(max(t, low), high)

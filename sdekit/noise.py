@@ -1,0 +1,55 @@
+"""Keyed noise: every random number is a function of (seed, sample, purpose, its place in the sequence)."""
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+
+# One stream per purpose: drawing more of one never moves another.
+_PURPOSES = {"prior": 0, "path": 1, "probe": 2, "perturb": 3, "data": 4}
+
+
+class Noise:
+    """Standard normal numbers for a batch, sample by sample.
+
+    Row i is drawn by a generator of its own, keyed by (seed, ids[i], purpose), so a sample's noise
+    does not depend on the batch that it is drawn in. The global generator is neither read nor moved.
+    The same seed gives the same numbers on devices of the same type and in the same dtype.
+
+    ``like``: a tensor (B, *event) that gives shape, dtype and device. ``seed``: a whole number >= 0,
+    or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1).
+    Raises TypeError or ValueError for a seed or ids that cannot be used.
+    """
+
+    def __init__(
+        self, like: Tensor, seed: int | None = None, ids: Sequence[int] | None = None, *, purpose: str = "path"
+    ) -> None:
+        seed = secrets.randbits(63) if seed is None else _checks.count(seed, "seed", minimum=0)
+        ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
+        if len(ids) != like.shape[0]:
+            raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
+        self._generators = [torch.Generator(like.device) for _ in ids]
+        for generator, i in zip(self._generators, ids, strict=True):
+            key = np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose], i))
+            generator.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        # Small events are drawn many at a time: one call per sample and block, not per sample and step.
+        self._block = max(1, 1024 // max(1, like[0].numel()))
+        self._drawn = like.new_empty(like.shape[0], self._block, *like.shape[1:])
+        self._next = self._block
+
+    def normal(self) -> Tensor:
+        """The next standard normal tensor, (B, *event)."""
+        if self._next == self._block:
+            for row, generator in zip(self._drawn, self._generators, strict=True):
+                row.normal_(generator=generator)
+            self._next = 0
+        self._next += 1
+        return self._drawn[:, self._next - 1].clone()  # the block is overwritten by the next one
+
+    def increment(self, t: float, s: float) -> Tensor:
+        """The Brownian increment of the next interval, W_s - W_t ~ N(0, |s - t|), (B, *event)."""
+        return self.normal().mul_(abs(s - t) ** 0.5)

@@ -1,0 +1,177 @@
+"""Scores: any callable (x, t) -> like x. The only place that knows a network's time and output convention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdekit import _checks
+from sdekit.sde import SDE, as_time, expand, float64
+
+Score = Callable[[Tensor, Any], Tensor]
+
+
+def _eps_from_score(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
+    return -s * out
+
+
+def _eps_from_eps(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
+    return out
+
+
+def _eps_from_x0(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
+    return (x - a * out) / s
+
+
+def _eps_from_v(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
+    return (a * out + s * x) / (a**2 + s**2)
+
+
+def _eps_from_flow(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
+    return (a * out - da * x) / (a * ds - s * da)
+
+
+# What a network may predict, each turned into eps with x = a x_0 + s eps.
+PREDICTIONS: dict[str, Callable[..., Tensor]] = {
+    "score": _eps_from_score,
+    "eps": _eps_from_eps,
+    "x0": _eps_from_x0,
+    "v": _eps_from_v,
+    "flow": _eps_from_flow,
+}
+
+
+def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network predicts for the pair (x_0, eps) at t: the regression target of training.
+
+    score -eps/s;  eps;  x_0;  v = a eps - s x_0 (Salimans & Ho 2022);  flow = a' x_0 + s' eps.
+    """
+    a, s, da, ds = _schedule(sde, t, x0)
+    targets = {
+        "score": lambda: -eps / s,
+        "eps": lambda: eps,
+        "x0": lambda: x0,
+        "v": lambda: a * eps - s * x0,
+        "flow": lambda: da * x0 + ds * eps,
+    }
+    return _checks.lookup(targets, predicts, "prediction")()
+
+
+def _schedule(sde: SDE, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = sde.coefficients(t)
+    da = c.f * c.alpha
+    ds = (c.g2 + 2 * c.f * c.sigma**2) / (2 * c.sigma)  # g^2 = 2 s s' - 2 f s^2
+    a, s, da, ds = (expand(y, x) for y in (c.alpha, c.sigma, da, ds))
+    return a, s, da, ds
+
+
+class NetworkScore:
+    """The score of a trained network; made by :func:`as_score`, called as ``score(x, t)``."""
+
+    def __init__(self, network: Callable[..., Tensor], sde: SDE, predicts: str, time: Callable[[Tensor], Tensor]):
+        self.network, self.sde, self.predicts, self._time = network, sde, predicts, time
+        self._eps = _checks.lookup(PREDICTIONS, predicts, "prediction")
+        weights = network.parameters() if isinstance(network, nn.Module) else iter(())
+        self._weight = next((w for w in weights if w.is_floating_point()), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network's weights are; None for a plain callable. Samplers draw there by default."""
+        return None if self._weight is None else self._weight.device
+
+    def __call__(self, x: Tensor, t: Any) -> Tensor:
+        """Score at x (B, *event) and t (0-d or (B,)), like x."""
+        time = as_time(t, self.sde.T)
+        dtype = x.dtype if self._weight is None else self._weight.dtype
+        # A time keeps at least float32: in bf16 it would have three digits.
+        network_time = self._time(time.expand(x.shape[0])).to(x.device, torch.promote_types(dtype, torch.float32))
+        out = self.network(x.to(dtype), network_time).to(x.dtype)
+        if out.shape != x.shape:
+            raise ValueError(f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        a, s, da, ds = _schedule(self.sde, time, x)
+        return -self._eps(x, out, a, s, da, ds) / s
+
+
+def as_score(
+    network: Callable[..., Tensor],
+    sde: SDE,
+    predicts: str = "eps",
+    *,
+    time: Callable[[Tensor], Tensor] | None = None,
+) -> NetworkScore:
+    """The score of any trained network ``network(x, t)``.
+
+    ``predicts``: what it returns, with x = alpha x_0 + sigma eps: "score", "eps" (score = -eps/sigma),
+    "x0", "v" (alpha eps - sigma x_0) or "flow" (alpha' x_0 + sigma' eps).
+    ``time``: the network's own clock, from sde's t (float64, (B,)) to what the network takes;
+    for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's c_noise.
+    The network gets x in the dtype of its weights (x's own for a plain callable) and t as (B,), in float32
+    or wider, on x's device; the score comes back like x, so a float32 state runs with a bf16 network.
+
+    Raises ValueError for an unknown ``predicts``, and for zero terminal SNR, alpha(T) = 0, where
+    the score says nothing of x_0 and x_0 = (x - sigma eps)/alpha is infinite (Lin et al. 2024).
+    """
+    if not callable(network):
+        raise TypeError(f"network must be a callable (x, t) -> tensor, got {type(network).__name__}")
+    refuse_zero_terminal_snr(sde)
+    return NetworkScore(network, sde, predicts, time or (lambda t: t))
+
+
+def refuse_zero_terminal_snr(sde: SDE) -> None:
+    """Raise where alpha(T) = 0: every formula through the score would divide by it."""
+    if float(sde.alpha(sde.T)) <= 1e-12:
+        raise ValueError(
+            f"{type(sde).__name__} has zero terminal SNR, alpha(T) = {float(sde.alpha(sde.T)):g} at T = {sde.T:g}: "
+            f"x_0 cannot be told from the score there; set T a little lower (for example T = {0.999 * sde.T:g})"
+        )
+
+
+class CountedScore:
+    """A score as the solvers see it: every evaluation is counted, bounded by a budget, and checked.
+
+    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
+    that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
+    at once for per-sample times and within 64 evaluations otherwise (looking at every value would
+    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
+    """
+
+    def __init__(self, score: Score, budget: int | None = None) -> None:
+        if not callable(score):
+            raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
+        self.score, self.budget, self.nfe = score, budget, 0
+        self._watched: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.nfe == self.budget:
+            raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
+        self.nfe += 1
+        out = self.score(x, t)
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
+        self._watched.append((t, out.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32)))
+        if t.ndim == 1 or len(self._watched) == 64:
+            self.check()
+        return out
+
+    def check(self) -> None:
+        """Raise FloatingPointError if an evaluation since the last check was not finite."""
+        watched, self._watched = self._watched, []
+        if watched and not torch.isfinite(torch.stack([total for _, total in watched])).all():
+            t = next(t for t, total in watched if not torch.isfinite(total))
+            at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
+            raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
+
+
+def solver_time(t: float) -> Tensor:
+    """The time a score is given on a fixed grid: a CPU float64 scalar, exact and free of promotion."""
+    return torch.tensor(t, dtype=torch.float64)
+
+
+def batch_time(t: Tensor, x: Tensor) -> Tensor:
+    """Per-sample times on x's device in its widest dtype."""
+    return t.to(x.device, float64(x.device))

@@ -1,0 +1,274 @@
+"""Forward processes. ``alpha(t)`` and ``sigma(t)`` are the only truth; the rest is derived here, once.
+
+Time runs from data (t = 0) to noise (t = T), and  x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I).
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise import Noise
+
+if TYPE_CHECKING:
+    from sdekit.reverse import Reverse
+
+Time = float | Tensor
+
+
+class Coefficients(NamedTuple):
+    """What a process is at time t: float64 tensors of t's shape.
+
+    ``f`` = d log(alpha)/dt, so that the drift is f x, and ``g2`` = d(sigma^2)/dt - 2 f sigma^2.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    f: Tensor
+    g2: Tensor
+
+
+def float64(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: Apple's mps has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_time(t: Any, T: float) -> Tensor:
+    """t (float, 0-d or (B,) tensor) in [0, T] as a float64 tensor; the border where time enters."""
+    if isinstance(t, Tensor):
+        if t.dtype == torch.bool or t.is_complex():
+            raise TypeError(f"t must be a real tensor, got {t.dtype}")
+        if t.ndim > 1:
+            raise ValueError(f"t must be a float, a 0-d or a (B,) tensor, got shape {tuple(t.shape)}")
+        time = t.to(float64(t.device))
+    elif isinstance(t, numbers.Real) and not isinstance(t, bool):
+        time = torch.tensor(float(t), dtype=torch.float64)
+    else:
+        raise TypeError(f"t must be a float, a 0-d or a (B,) tensor, got {type(t).__name__}")
+    if time.device.type != "cpu":
+        return time  # looking at the values would wait for the device
+    slack = 1e-6 * T  # a float32 time may lie a rounding beyond T
+    try:
+        inside = bool(((time >= -slack) & (time <= T + slack)).all())
+    except RuntimeError:
+        return time  # inside vmap the values cannot be looked at
+    if not inside:
+        raise ValueError(f"t must lie in [0, {T:g}], got {time.min():g} ... {time.max():g}")
+    return time
+
+
+def expand(c: Tensor, x: Tensor) -> Tensor:
+    """A coefficient of shape () or (B,) in the form that multiplies x of shape (B, *event).
+
+    The one broadcast rule: a (B,) coefficient gets one trailing axis per axis of the event.
+    """
+    if c.ndim == 0:
+        return c
+    if c.shape[0] != x.shape[0]:
+        raise ValueError(f"t has {c.shape[0]} entries for a batch of {x.shape[0]}; pass one time, or one per sample")
+    return c.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
+
+
+def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
+    """Let a one-line ``alpha`` or ``sigma`` written for a float64 tensor take any t of the surface."""
+
+    @functools.wraps(method)
+    def bordered(self: "SDE", t: Time) -> Tensor:
+        time = as_time(t, self.T)
+        value = torch.as_tensor(method(self, time), dtype=time.dtype, device=time.device)
+        value = value.expand(time.shape) if value.ndim == 0 else value
+        return value.to(t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else value
+
+    return bordered
+
+
+class System:
+    """Anything a solver can integrate: ``dx = drift(x, t) dt + diffusion(t) dW``, in either direction of time."""
+
+    churn: float = 1.0  # 0 means that diffusion is zero and no noise need be drawn
+    nfe: int = 0  # network evaluations so far
+    backwards_only: bool = False  # True where the equation means something in decreasing time alone
+
+    def drift(self, x: Tensor, t: Time) -> Tensor:
+        """The drift, like x."""
+        raise NotImplementedError(f"{type(self).__name__} needs drift(x, t)")
+
+    def diffusion(self, t: Time) -> Any:
+        """The diffusion: a number, or a tensor of t's shape."""
+        raise NotImplementedError(f"{type(self).__name__} needs diffusion(t)")
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> None:
+        """Told before a loop which times it will visit, so that one vectorised call can serve them all."""
+
+    def settle(self) -> None:
+        """Told after a loop, to raise what was not worth waiting for the device at every step."""
+
+
+class SDE(System):
+    """A Gaussian process  x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I),  t in [0, T].
+
+    A subclass gives ``alpha(t)`` and ``sigma(t)`` with torch operations on a float64 tensor t
+    (the base class takes care of floats, dtypes, shapes and the range), and, where the defaults
+    do not fit, the class attributes ``T``, ``t_min`` (the earliest time a solver may touch) and
+    ``grid`` (the name of the process's own time grid, or None where the sampler knows best).
+
+    As a system, an SDE is its own forward equation  dx = f(t) x dt + g(t) dW  with
+    f = d log(alpha)/dt and g^2 = d(sigma^2)/dt - 2 f sigma^2  (Song et al. 2021, eq. 5;
+    Karras et al. 2022, appendix B). All coefficients come back in t's dtype (float64 for a float).
+    A time outside [0, T] raises ValueError; a time of another type raises TypeError.
+    """
+
+    T: float = 1.0
+    t_min: float = 1e-3
+    grid: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("alpha", "sigma"):
+            if name in vars(cls):
+                setattr(cls, name, _schedule(vars(cls)[name]))
+
+    def alpha(self, t: Any) -> Tensor:
+        """The signal's scale at t."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method alpha(self, t)")
+
+    def sigma(self, t: Any) -> Tensor:
+        """The noise's standard deviation at t."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method sigma(self, t)")
+
+    def coefficients(self, t: Time) -> Coefficients:
+        """alpha, sigma, f and g^2 at t, float64, from one automatic differentiation of alpha and sigma.
+
+        Where sigma(0) = 0 with a vertical tangent (VP), the derivative at t = 0 is its right-hand
+        limit, taken at 1e-12 T. Raises ValueError where g^2 < 0: the noise must grow with t.
+        """
+        time = as_time(t, self.T)
+        alpha, sigma, f, ds2 = self._differentiate(time)
+        if not (torch.isfinite(f) & torch.isfinite(ds2)).all():
+            limit = self._differentiate(torch.where(torch.isfinite(ds2), time, 1e-12 * self.T))
+            f, ds2 = limit[2], torch.where(torch.isfinite(ds2), ds2, limit[3])
+        g2 = ds2 - 2 * f * sigma**2
+        if (g2 < -1e-9 * (ds2.abs() + 2 * f.abs() * sigma**2)).any():
+            at = float(time.reshape(-1)[g2.reshape(-1).argmin()])
+            raise ValueError(f"{type(self).__name__}: g^2 < 0 at t = {at:g}; sigma/alpha must increase with t")
+        return Coefficients(alpha, sigma, f, g2.clamp_min(0.0))  # what is left below 0 is rounding
+
+    def _differentiate(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            u = time if time.requires_grad else time.clone().requires_grad_()
+            alpha, sigma = self.alpha(u), self.sigma(u)
+            da, ds2 = (_derivative(y, u, create_graph=time.requires_grad) for y in (alpha, sigma**2))
+        if not time.requires_grad:
+            alpha, sigma = alpha.detach(), sigma.detach()
+        return alpha, sigma, da / alpha, ds2
+
+    def drift(self, x: Tensor, t: Time) -> Tensor:
+        """f(t) x, like x."""
+        return expand(self.coefficients(t).f, x) * x
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) >= 0, of t's shape."""
+        g = self.coefficients(t).g2.sqrt()
+        return g.to(t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else g
+
+    def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """Mean alpha(t) x_0 and standard deviation sigma(t) of x_t given x_0; both broadcast with x0."""
+        return expand(self.alpha(t), x0) * x0, expand(self.sigma(t), x0)
+
+    def transition(self, t: Time, u: Time) -> tuple[Tensor, Tensor]:
+        """Scale a and standard deviation s of  x_u | x_t ~ N(a x_t, s^2 I)  for t <= u.
+
+        a = alpha_u/alpha_t and s^2 = sigma_u^2 (1 - SNR_u/SNR_t), which is sigma_u^2 - a^2 sigma_t^2
+        without its cancellation. Raises ValueError where u < t.
+        """
+        if bool((as_time(u, self.T) < as_time(t, self.T)).any()):
+            raise ValueError(f"transition(t, u) runs forwards, t <= u; got t = {t}, u = {u}")
+        a_t, s_t, a_u, s_u = self.alpha(t), self.sigma(t), self.alpha(u), self.sigma(u)
+        r = (a_u * s_t) / (a_t * s_u)
+        return a_u / a_t, s_u * ((1 - r) * (1 + r)).clamp_min(0.0).sqrt()  # r > 1 only by rounding at t = u
+
+    def snr(self, t: Time) -> Tensor:
+        """Signal-to-noise ratio alpha^2/sigma^2."""
+        return (self.alpha(t) / self.sigma(t)) ** 2
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        """lambda(t) = log(alpha/sigma)  (Lu et al. 2022)."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def inverse_half_log_snr(self, lam: Time) -> Tensor:
+        """The time at which ``half_log_snr`` is lam, by bisection in float64; exact to rounding.
+
+        Raises ValueError where lam is not reached in [0, T].
+        """
+        lam = torch.as_tensor(lam, dtype=torch.float64)
+        low, high = torch.zeros_like(lam), torch.full_like(lam, self.T)
+        slack = 1e-9 * (1 + lam.abs())
+        if bool((lam > self.half_log_snr(low) + slack).any() or (lam < self.half_log_snr(high) - slack).any()):
+            ends = f"[{float(self.half_log_snr(self.T)):g}, {float(self.half_log_snr(0.0)):g}]"
+            raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {lam}")
+        for _ in range(100):  # t halves towards 0 too: 100 halvings reach any t > 1e-30 T
+            mid = (low + high) / 2
+            noisy = self.half_log_snr(mid) < lam
+            low, high = torch.where(noisy, low, mid), torch.where(noisy, mid, high)
+        return (low + high) / 2
+
+    def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
+        """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""
+        if noise is None:
+            noise = Noise(x0, seed, purpose="perturb").normal()
+        elif noise.shape != x0.shape:
+            raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
+        mean, std = self.marginal(x0, t)
+        return mean + std * noise
+
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        t: float | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> Tensor:
+        """A draw from the prior N(0, sigma(t)^2 I) of a solver that starts at t (default T), shape (B, *event)."""
+        like = torch.empty(_checks.event_shape(shape), device=device, dtype=dtype)
+        return float(self.sigma(self.T if t is None else t)) * Noise(like, seed, ids, purpose="prior").normal()
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log density (nats) of the prior N(0, sigma(T)^2 I) at x of shape (B, *event); shape (B,)."""
+        std = float(self.sigma(self.T))
+        d = math.prod(x.shape[1:])
+        return -0.5 * (x / std).square().reshape(x.shape[0], -1).sum(1) - d * math.log(std * math.sqrt(2 * math.pi))
+
+    def reverse(self, score: Callable[[Tensor, Any], Tensor], churn: float = 1.0) -> "Reverse":
+        """The reverse family  dx = [f x - (g^2 + nu^2)/2 score] dt + nu dW,  nu = churn g,  dt < 0.
+
+        churn 1 is Anderson's reverse SDE, 0 the probability-flow ODE; all have the marginals p_t.
+        """
+        from sdekit.reverse import Reverse  # the reverse family is built on processes, not the other way round
+
+        return Reverse(self, score, churn)
+
+    def probability_flow(self, score: Callable[[Tensor, Any], Tensor]) -> "Reverse":
+        """The probability-flow ODE  dx/dt = f x - g^2/2 score  (Song et al. 2021, eq. 13)."""
+        return self.reverse(score, churn=0.0)
+
+    def denoise(self, x: Tensor, t: Time, score: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
+        time = as_time(t, self.T)
+        alpha, sigma = expand(self.alpha(time), x), expand(self.sigma(time), x)
+        return (x + sigma**2 * score(x, time).to(x.dtype)) / alpha
+
+
+def _derivative(y: Tensor, t: Tensor, *, create_graph: bool) -> Tensor:
+    """dy/dt for y that depends on t entry by entry; zero where it does not depend on t."""
+    if not y.requires_grad:
+        return torch.zeros_like(t)
+    (dy,) = torch.autograd.grad(y.sum(), t, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(t) if dy is None else dy

@@ -1,0 +1,91 @@
+"""One call for every system and method: fixed grid, adaptive, or a back-end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks, backends
+from sdekit.adaptive import adaptive
+from sdekit.integrate import integrate
+from sdekit.noise import Noise
+from sdekit.sde import System
+from sdekit.solution import Callback, Solution
+from sdekit.steppers import RULES, StepRule, as_rule
+
+ADAPTIVE = ("rk45",)
+
+
+def solve(
+    system: System,
+    x: Tensor,
+    grid: Tensor | Sequence[float],
+    method: str | StepRule | Any = "rk45",
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_nfe: int | None = None,
+    noise: Noise | None = None,
+    keep: int = 0,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Solution:
+    """Integrate ``system`` from x at grid[0] to grid[-1].
+
+    ``system``: an SDE (its forward equation), ``sde.reverse(score)``, ``sde.probability_flow(score)``, or
+    anything with drift and diffusion. ``x``: (B, *event). ``grid``: monotone times; forwards in time too,
+    except against the noise of a reverse SDE.
+    ``method``: a step rule or its name (``RULES``), which takes the grid's steps; "rk45", Dormand-Prince 5(4)
+    with error and step size per sample between the grid's ends; or "torchdiffeq:dopri5",
+    "scipy:RK45", "torchsde:euler" and so on, a back-end and its own method.
+    ``rtol``, ``atol``: of an adaptive method, per sample; ``max_nfe``: its limit of evaluations.
+    ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
+    trajectory, 0 for none. ``callback(step, t, x)`` after each step.
+
+    An adaptive method that stops early returns what it has, with a status per sample.
+    Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
+    """
+    x = _checks.state(x)
+    times = _monotone(grid, system)
+    rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
+    if keep:
+        keep = _checks.count(keep, "keep", minimum=2)
+    if isinstance(method, str) and ":" in method:
+        name, _, inner = method.partition(":")
+        if keep or callback is not None or max_nfe is not None:
+            raise ValueError(f"keep, callback and max_nfe are not known to the back-end {name}; leave them out")
+        backend = _checks.lookup(backends.BACKENDS, name, "back-end")
+        source = noise or Noise(x)
+        return backends.run(backend, system, x, times, inner, rtol=rtol, atol=atol, noise=source)
+    if method in ADAPTIVE:
+        if system.churn:
+            raise ValueError(f"rk45 integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
+        if max_nfe is not None:
+            _checks.count(max_nfe, "max_nfe", minimum=8)
+        aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
+        ends = times[[0, -1]] if aims is None else aims
+        solution = adaptive(
+            lambda y, t, run: system.drift(y, t), x, ends, rtol=rtol, atol=atol, max_nfe=max_nfe, keep=bool(keep),
+            progress=progress, callback=callback,
+        )  # fmt: skip
+        system.settle()
+        return solution
+    if max_nfe is not None:
+        raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")
+    known = {**RULES, **dict.fromkeys(ADAPTIVE)}
+    rule = as_rule(_checks.lookup(known, method, "method") if isinstance(method, str) else method)
+    return integrate(system, rule, x, times, noise or Noise(x), keep=keep, progress=progress, callback=callback)
+
+
+def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
+    times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+    steps = times.diff()
+    if times.ndim != 1 or times.numel() < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError(f"grid must be at least two times, all increasing or all decreasing, got {times.tolist()[:8]}")
+    if system.backwards_only and steps[0] > 0:
+        raise ValueError(
+            f"grid must decrease: a reverse SDE (churn = {system.churn:g}) only holds backwards in time; "
+            "use the process itself to go forwards, or churn = 0"
+        )
+    return times

@@ -1,0 +1,35 @@
+"""Step rules: one step from t to s of any system, and what they are put together from."""
+
+from sdekit.steppers.base import StepRule, as_rule, chain, repeat, step_rule, stay
+from sdekit.steppers.exponential import ddim, dpmpp_2m
+from sdekit.steppers.langevin import langevin
+from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
+
+__all__ = [
+    "RULES",
+    "StepRule",
+    "as_rule",
+    "chain",
+    "ddim",
+    "dpmpp_2m",
+    "euler_maruyama",
+    "heun",
+    "langevin",
+    "repeat",
+    "reverse_diffusion",
+    "rk4",
+    "stay",
+    "step_rule",
+]
+
+# The rules that go by a name in `solve` and as predictors. Order is that of the ODE (churn 0).
+RULES: dict[str, StepRule] = {
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "ancestral": ddim(eta=1.0),
+    "ddim": ddim(eta=0.0),
+    "heun": heun,
+    "rk4": rk4,
+    "dpmpp_2m": dpmpp_2m,
+    "none": stay,
+}

@@ -1,0 +1,79 @@
+"""What a step rule is, and the ways to compose them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from sdekit import _checks
+
+# (system, x, t, s, noise, state) -> (x at s, state)
+Step: TypeAlias = Callable[[Any, Tensor, float, float, Any, Any], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """One step from t to s:  ``x, state = rule(system, x, t, s, noise, state)``.
+
+    ``system`` has drift(x, t) and diffusion(t); a reverse system has also predict(x, t) -> (x0, eps),
+    score(x, time) and at(t, x), the process at t. t and s are Python floats, in either direction.
+    ``noise`` has normal() and increment(t, s). ``state`` is None at first and whatever the rule returned after.
+
+    ``evaluations``: network evaluations of one step, at most. ``order``: of the global error on an ODE.
+    ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
+    their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
+    """
+
+    step: Step
+    evaluations: int = 1
+    order: int = 1
+    nodes: tuple[float, ...] = ()
+
+    def __call__(self, system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        return self.step(system, x, t, s, noise, state)
+
+
+def step_rule(evaluations: int = 1, order: int = 1, nodes: tuple[float, ...] = ()) -> Callable[[Step], StepRule]:
+    """Decorator: make a function a step rule."""
+    return lambda step: StepRule(step, evaluations, order, nodes)
+
+
+def as_rule(rule: StepRule | Step) -> StepRule:
+    """A step rule as it is; a plain function as a rule of one evaluation and order one."""
+    if isinstance(rule, StepRule):
+        return rule
+    if not callable(rule):
+        raise TypeError(f"a step rule must be a callable (system, x, t, s, noise, state), got {rule!r}")
+    return StepRule(rule)
+
+
+@step_rule(evaluations=0)
+def stay(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """x_s = x_t. As a predictor it leaves the work to the corrector: annealed Langevin dynamics."""
+    return x, state
+
+
+def chain(first: StepRule, second: StepRule) -> StepRule:
+    """Two rules on the same interval, one after the other: ``chain(corrector, predictor)`` is
+    predictor-corrector sampling (Song et al. 2021, algorithm 1). Each keeps a state of its own."""
+
+    def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        a, b = state or (None, None)
+        x, a = first(system, x, t, s, noise, a)
+        x, b = second(system, x, t, s, noise, b)
+        return x, (a, b)
+
+    return StepRule(step, first.evaluations + second.evaluations, second.order, first.nodes + second.nodes)
+
+
+def repeat(rule: StepRule, times: int) -> StepRule:
+    """The same rule on the same interval several times over; for correctors, which stay at t."""
+    times = _checks.count(times, "times")
+
+    def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        for _ in range(times):
+            x, state = rule(system, x, t, s, noise, state)
+        return x, state
+
+    return StepRule(step, times * rule.evaluations, rule.order, rule.nodes)

@@ -1,0 +1,65 @@
+"""Rules on drift and diffusion: they integrate any system, SDE or ODE, forwards or backwards."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sdekit.reverse import combine
+from sdekit.steppers.base import step_rule
+
+
+@step_rule()
+def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """x_s = x + (s - t) drift(x, t) + diffusion(t) dW. Strong order 1 for additive noise; Euler on an ODE."""
+    x_s = x.add(system.drift(x, t), alpha=s - t)
+    if system.churn:
+        x_s = x_s + system.diffusion(t) * noise.increment(t, s)
+    return x_s, state
+
+
+@step_rule(evaluations=2, order=2)
+def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """x' = x + h d_t + g_t dW,  x_s = x + h/2 (d_t + d'_s) + (g_t + g_s)/2 dW,  h = s - t, d = drift.
+
+    Order 2 on an ODE (Karras et al. 2022, algorithm 1, is this with sigma_t = t); with noise the
+    stochastic Heun method, whose limit is the Stratonovich integral, the same as Ito's for diffusion(t).
+    """
+    h = s - t
+    dW = noise.increment(t, s) if system.churn else 0.0
+    g_t, g_s = system.diffusion(t), system.diffusion(s)
+    d_t = system.drift(x, t)
+    d_s = system.drift(x.add(d_t, alpha=h) + g_t * dW, s)
+    return x.add(d_t + d_s, alpha=h / 2) + (g_t + g_s) / 2 * dW, state
+
+
+@step_rule(evaluations=4, order=4, nodes=(0.5,))
+def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """The classical Runge-Kutta method on the drift, plus diffusion(t) dW: order 4 on an ODE, strong order 1
+    with noise."""
+    h = s - t
+    m = t + 0.5 * (s - t)
+    k1 = system.drift(x, t)
+    k2 = system.drift(x.add(k1, alpha=h / 2), m)
+    k3 = system.drift(x.add(k2, alpha=h / 2), m)
+    k4 = system.drift(x.add(k3, alpha=h), s)
+    x_s = x.add(k1 + 2 * (k2 + k3) + k4, alpha=h / 6)
+    if system.churn:
+        x_s = x_s + system.diffusion(t) * noise.increment(t, s)
+    return x_s, state
+
+
+@step_rule()
+def reverse_diffusion(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """The reverse of the exact forward step from s to t (Song et al. 2021, eq. 46).
+
+    With the transition x_t | x_s ~ N(a x_s, v I):  x_s = (2 - a) x + (1 + churn^2)/2 v score + churn sqrt(v) z.
+    (On an ODE, churn = 0, this is the paper's eq. 47.)
+    """
+    n_t, n_s = system.at(t, x), system.at(s, x)
+    a = n_t.alpha / n_s.alpha
+    r = a * n_s.sigma / n_t.sigma
+    v = n_t.sigma**2 * (1 - r) * (1 + r)
+    x_s = combine(2 - a, x, 0.5 * (1 + system.churn**2) * v, system.score(x, n_t.time))
+    if system.churn:
+        x_s = x_s + system.churn * v**0.5 * noise.normal()
+    return x_s, state

@@ -1,0 +1,51 @@
+"""Rules on the prediction (x_0, eps): the linear part of the flow is solved exactly."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.reverse import combine
+from sdekit.steppers.base import StepRule, step_rule
+
+
+def ddim(eta: float = 0.0) -> StepRule:
+    """x_s = alpha_s x_0 + sqrt(sigma_s^2 - w^2) eps + w z,  w = eta sigma_s/sigma_t sqrt(v).
+
+    v = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 is the variance of the forward step from s to t. eta = 0 is
+    DDIM, 1 is DDPM's ancestral sampling with the posterior's variance, between is between; eta is this rule's
+    own noise, whatever the system's churn. Song, Meng & Ermon 2021, eq. 12 and 16.
+    Raises ValueError unless 0 <= eta <= 1.
+    """
+    eta = _checks.positive(eta, "eta", zero=True)
+    if eta > 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta:g}; for more noise use a system with churn > 1")
+
+    @step_rule()
+    def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        n_t, n_s = system.at(t, x), system.at(s, x)
+        x0, eps = system.predict(x, t)
+        r = (n_t.alpha * n_s.sigma) / (n_s.alpha * n_t.sigma)
+        w = eta * n_s.sigma * ((1 - r) * (1 + r)) ** 0.5 if eta else 0.0
+        x_s = combine(n_s.alpha, x0, (n_s.sigma**2 - w**2) ** 0.5, eps)
+        return (x_s + w * noise.normal() if eta else x_s), state
+
+    return step
+
+
+@step_rule(order=2)
+def dpmpp_2m(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """DPM-Solver++(2M): x_s = sigma_s/sigma_t x - alpha_s (e^-h - 1) D,  D = (1 + c) x0_t - c x0_previous.
+
+    c = h/(2 h_previous), h = lambda_s - lambda_t; the first step is of order one. The prediction at the
+    last node and its lambda are the state. Lu et al. 2022b, algorithm 2.
+    """
+    n_t, n_s = system.at(t, x), system.at(s, x)
+    x0, _ = system.predict(x, t)
+    d = x0
+    if state is not None:
+        x0_previous, lam_previous = state
+        c = 0.5 * (n_s.lam - n_t.lam) / (n_t.lam - lam_previous)
+        d = combine(1 + c, x0, -c, x0_previous)
+    ratio = n_s.sigma / n_t.sigma
+    return combine(ratio, x, n_s.alpha - n_t.alpha * ratio, d), (x0, n_t.lam)
