@@ -4,7 +4,7 @@ from sdekit.grids import GRIDS
 from sdekit.likelihood import Likelihood, log_likelihood
 from sdekit.mixture import GaussianMixture
 from sdekit.noise import Noise
-from sdekit.processes import HeatODE, SubVPSDE, VESDE, VPSDE
+from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
 from sdekit.reverse import Reverse
 from sdekit.samplers import SAMPLERS, Sampler, ode_sample, pc_sample, sample
 from sdekit.score import as_score
@@ -19,6 +19,8 @@ __all__ = [
     "GRIDS",
     "SAMPLERS",
     "SDE",
+    "VESDE",
+    "VPSDE",
     "GaussianMixture",
     "HeatODE",
     "Likelihood",
@@ -30,8 +32,6 @@ __all__ = [
     "StepRule",
     "SubVPSDE",
     "System",
-    "VESDE",
-    "VPSDE",
     "as_score",
     "log_likelihood",
     "ode_sample",

@@ -1,6 +1,7 @@
 """Other people's solvers behind the same call: the same system in, the same Solution out."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class _Path(torchsde.BaseBrownian):
 def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
     flat, y = _Flat(system, x, grid), x.reshape(x.shape[0], -1)
     taus = (grid - grid[0]).abs().tolist()
-    for start, end in zip(taus[:-1], taus[1:], strict=True):  # its steps have one length: one call per interval
+    for start, end in pairwise(taus):  # its steps have one length: one call per interval
         y = torchsde.sdeint(flat, y, [start, end], bm=_Path(noise, x), method=method, dt=end - start)[-1]
     return y.reshape(x.shape)
 

@@ -31,7 +31,9 @@ def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
     """Uniform in (sigma/alpha)^(1/rho)  (Karras et al. 2022, eq. 5). Raises ValueError for rho <= 0."""
     rho = _checks.positive(rho, "rho")
     first, last = (torch.exp(-lam / rho) for lam in _levels(sde))
-    return _from_half_log_snr(sde, -rho * torch.lerp(first, last, torch.linspace(0, 1, n + 1, dtype=torch.float64)).log())
+    return _from_half_log_snr(
+        sde, -rho * torch.lerp(first, last, torch.linspace(0, 1, n + 1, dtype=torch.float64)).log()
+    )
 
 
 GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {

@@ -14,14 +14,14 @@ from sdekit.score import Score
 from sdekit.sde import SDE
 from sdekit.solution import SolverError
 
-
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
 
 
 @dataclass
 class Likelihood:
     """``log_prob`` (B,) in nats; ``stderr`` (B,) of the divergence's probes: 0 if exact, NaN from a single probe;
-    ``latent`` like x: where the flow takes x at T; ``nfe``: network evaluations."""
+    ``latent`` like x: where the flow takes x at T; ``nfe``: network evaluations.
+    """
 
     log_prob: Tensor
     stderr: Tensor

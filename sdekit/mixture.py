@@ -1,9 +1,9 @@
 """GaussianMixture: data with an exact score, density and marginals under any process. The oracle."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +22,10 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Any, covs: Any, weights: Any = None) -> None:
-        m, c = (torch.as_tensor(a, dtype=torch.float64) for a in (means, covs))
+        m, c = _numbers(means), _numbers(covs)
         if m.ndim != 2 or c.shape != (*m.shape, m.shape[-1]) or m.numel() == 0:
             raise ValueError(f"means must be (K, D) and covs (K, D, D), got {tuple(m.shape)} and {tuple(c.shape)}")
-        w = torch.full(m.shape[:1], 1 / len(m)) if weights is None else weights
-        w = torch.as_tensor(w, dtype=torch.float64)
+        w = torch.full(m.shape[:1], 1 / len(m), dtype=torch.float64) if weights is None else _numbers(weights)
         if not all(torch.isfinite(a).all() for a in (m, c, w)):
             raise ValueError("means, covs and weights must be finite")
         if w.shape != m.shape[:1] or (w < 0).any() or abs(float(w.sum()) - 1) > 1e-6:
@@ -100,8 +99,5 @@ class GaussianMixture:
         return w.log() + log_n, z, v
 
 
-def isotropic(means: Sequence[Sequence[float]] | Tensor, std: float) -> GaussianMixture:
-    """Equal weights and covariances std^2 I around ``means`` (K, D)."""
-    m = torch.as_tensor(means, dtype=torch.float64)
-    cov = _checks.positive(std, "std") ** 2 * torch.eye(m.shape[-1], dtype=torch.float64)
-    return GaussianMixture(m, cov.expand(len(m), -1, -1))
+def _numbers(a: Any) -> Tensor:
+    return a.detach().to("cpu", torch.float64) if isinstance(a, Tensor) else torch.from_numpy(np.array(a, float))

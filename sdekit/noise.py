@@ -11,6 +11,7 @@ from sdekit import _checks
 
 # One stream per purpose: drawing more of one never moves another.
 _PURPOSES = {"prior": 0, "path": 1, "probe": 2, "perturb": 3, "data": 4}
+_BLOCK = 256  # numbers drawn by a sample's generator at a time, at least; part of what a seed means
 
 
 class Noise:
@@ -32,12 +33,11 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        self._generators = [torch.Generator(like.device) for _ in ids]
-        for generator, i in zip(self._generators, ids, strict=True):
-            key = np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose], i))
-            generator.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        # Word i of a seed sequence does not depend on how many words are asked for, so it is sample i's key.
+        keys = np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(max(ids) + 1, np.uint64)
+        self._generators = [torch.Generator(like.device).manual_seed(int(keys[i])) for i in ids]
         # Small events are drawn many at a time: one call per sample and block, not per sample and step.
-        self._block = max(1, 1024 // max(1, like[0].numel()))
+        self._block = max(1, _BLOCK // like[0].numel())
         self._drawn = like.new_empty(like.shape[0], self._block, *like.shape[1:])
         self._next = self._block
 

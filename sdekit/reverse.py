@@ -49,9 +49,9 @@ class Reverse(System):
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Tabulate the coefficients at all times of a loop in one vectorised call."""
         c = self.sde.coefficients(torch.tensor(times, dtype=torch.float64))
-        columns = [y.tolist() for y in (*c, c.alpha.log() - c.sigma.log())]
-        clock = torch.tensor(times, dtype=torch.float64).unbind()
-        self._nodes = {t: Node(*row) for t, *row in zip(times, *columns, clock, strict=True)}
+        columns: list[list[Any]] = [y.tolist() for y in (*c, c.alpha.log() - c.sigma.log())]
+        columns.append(list(torch.tensor(times, dtype=torch.float64).unbind()))
+        self._nodes = dict(zip(times, map(Node._make, zip(*columns, strict=True)), strict=True))
 
     def settle(self) -> None:
         """Raise what the evaluations since the last check did wrong."""
@@ -67,7 +67,7 @@ class Reverse(System):
         time = as_time(t, self.sde.T)
         c = self.sde.coefficients(time)
         given = time if time.ndim == 0 else batch_time(time, x)
-        return Node(*(expand(y, x) for y in (*c, c.alpha.log() - c.sigma.log())), given)
+        return Node._make([*(expand(y, x) for y in (*c, c.alpha.log() - c.sigma.log())), given])
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
         """f x - (1 + churn^2)/2 g^2 score(x, t); one evaluation."""

@@ -1,6 +1,7 @@
 """Scores: any callable (x, t) -> like x. The only place that knows a network's time and output convention."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,33 +13,41 @@ from sdekit.sde import SDE, as_time, expand, float64
 Score = Callable[[Tensor, Any], Tensor]
 
 
-def _eps_from_score(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
-    return -s * out
+class _Schedule:
+    """alpha, sigma and, where somebody asks, their derivatives at t, in the form that multiplies x."""
+
+    def __init__(self, sde: SDE, t: Tensor, x: Tensor) -> None:
+        self._sde, self._t, self._x = sde, t, x
+        self.a, self.s = expand(sde.alpha(t), x), expand(sde.sigma(t), x)
+
+    @cached_property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """(alpha', sigma'), from f = alpha'/alpha and g^2 = 2 sigma sigma' - 2 f sigma^2."""
+        c = self._sde.coefficients(self._t)
+        return expand(c.f * c.alpha, self._x), expand(c.g2 / (2 * c.sigma) + c.f * c.sigma, self._x)
 
 
-def _eps_from_eps(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
-    return out
-
-
-def _eps_from_x0(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
-    return (x - a * out) / s
-
-
-def _eps_from_v(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
-    return (a * out + s * x) / (a**2 + s**2)
-
-
-def _eps_from_flow(x: Tensor, out: Tensor, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> Tensor:
-    return (a * out - da * x) / (a * ds - s * da)
+def _eps_from_flow(x: Tensor, out: Tensor, k: _Schedule) -> Tensor:
+    da, ds = k.slopes
+    return (k.a * out - da * x) / (k.a * ds - k.s * da)
 
 
 # What a network may predict, each turned into eps with x = a x_0 + s eps.
-PREDICTIONS: dict[str, Callable[..., Tensor]] = {
-    "score": _eps_from_score,
-    "eps": _eps_from_eps,
-    "x0": _eps_from_x0,
-    "v": _eps_from_v,
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, _Schedule], Tensor]] = {
+    "score": lambda x, out, k: -k.s * out,
+    "eps": lambda x, out, k: out,
+    "x0": lambda x, out, k: (x - k.a * out) / k.s,
+    "v": lambda x, out, k: (k.a * out + k.s * x) / (k.a**2 + k.s**2),
     "flow": _eps_from_flow,
+}
+
+# The other way: what a perfect network predicts for the pair (x_0, eps).
+_TARGETS: dict[str, Callable[[Tensor, Tensor, _Schedule], Tensor]] = {
+    "score": lambda x0, eps, k: -eps / k.s,
+    "eps": lambda x0, eps, k: eps,
+    "x0": lambda x0, eps, k: x0,
+    "v": lambda x0, eps, k: k.a * eps - k.s * x0,
+    "flow": lambda x0, eps, k: k.slopes[0] * x0 + k.slopes[1] * eps,
 }
 
 
@@ -47,23 +56,7 @@ def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tenso
 
     score -eps/s;  eps;  x_0;  v = a eps - s x_0 (Salimans & Ho 2022);  flow = a' x_0 + s' eps.
     """
-    a, s, da, ds = _schedule(sde, t, x0)
-    targets = {
-        "score": lambda: -eps / s,
-        "eps": lambda: eps,
-        "x0": lambda: x0,
-        "v": lambda: a * eps - s * x0,
-        "flow": lambda: da * x0 + ds * eps,
-    }
-    return _checks.lookup(targets, predicts, "prediction")()
-
-
-def _schedule(sde: SDE, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = sde.coefficients(t)
-    da = c.f * c.alpha
-    ds = (c.g2 + 2 * c.f * c.sigma**2) / (2 * c.sigma)  # g^2 = 2 s s' - 2 f s^2
-    a, s, da, ds = (expand(y, x) for y in (c.alpha, c.sigma, da, ds))
-    return a, s, da, ds
+    return _checks.lookup(_TARGETS, predicts, "prediction")(x0, eps, _Schedule(sde, t, x0))
 
 
 class NetworkScore:
@@ -89,8 +82,8 @@ class NetworkScore:
         out = self.network(x.to(dtype), network_time).to(x.dtype)
         if out.shape != x.shape:
             raise ValueError(f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-        a, s, da, ds = _schedule(self.sde, time, x)
-        return -self._eps(x, out, a, s, da, ds) / s
+        k = _Schedule(self.sde, time, x)
+        return -self._eps(x, out, k) / k.s
 
 
 def as_score(
@@ -143,6 +136,7 @@ class CountedScore:
         self._watched: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The checked score, in x's dtype; one evaluation."""
         if self.nfe == self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
         self.nfe += 1

@@ -159,12 +159,16 @@ class SDE(System):
         return Coefficients(alpha, sigma, f, g2.clamp_min(0.0))  # what is left below 0 is rounding
 
     def _differentiate(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.inference_mode(False), torch.enable_grad():
-            u = time if time.requires_grad else time.clone().requires_grad_()
+        def schedule(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             alpha, sigma = self.alpha(u), self.sigma(u)
-            da, ds2 = (_derivative(y, u, create_graph=time.requires_grad) for y in (alpha, sigma**2))
-        if not time.requires_grad:
-            alpha, sigma = alpha.detach(), sigma.detach()
+            return alpha, sigma, sigma**2
+
+        try:
+            (alpha, sigma, _), da, ds2 = _plain_slopes(schedule, time)
+        except RuntimeError:  # inside vmap, jvp and the like only the functional form works; it is ten times slower
+            (alpha, sigma, _), pull = torch.func.vjp(schedule, time)
+            one, zero = torch.ones_like(time), torch.zeros_like(time)
+            (da,), (ds2,) = pull((one, zero, zero)), pull((zero, zero, one))
         return alpha, sigma, da / alpha, ds2
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
@@ -266,9 +270,20 @@ class SDE(System):
         return (x + sigma**2 * score(x, time).to(x.dtype)) / alpha
 
 
-def _derivative(y: Tensor, t: Tensor, *, create_graph: bool) -> Tensor:
-    """dy/dt for y that depends on t entry by entry; zero where it does not depend on t."""
-    if not y.requires_grad:
-        return torch.zeros_like(t)
-    (dy,) = torch.autograd.grad(y.sum(), t, create_graph=create_graph, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(t) if dy is None else dy
+def _plain_slopes(
+    schedule: Callable[[Tensor], tuple[Tensor, ...]], time: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The schedule and the derivatives of its first and last entry, all of which depend on t entry by entry."""
+    outside = time.requires_grad  # somebody differentiates with respect to t: keep the graph
+    with torch.inference_mode(False), torch.enable_grad():
+        u = time if outside else time.clone().requires_grad_()
+        values = schedule(u)
+
+        def slope(y: Tensor) -> Tensor:
+            if not y.requires_grad:
+                return torch.zeros_like(time)
+            (dy,) = torch.autograd.grad(y.sum(), u, create_graph=outside, retain_graph=True)
+            return dy
+
+        slopes = slope(values[0]), slope(values[-1])
+    return (values if outside else tuple(y.detach() for y in values)), *slopes

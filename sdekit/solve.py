@@ -73,8 +73,9 @@ def solve(
         return solution
     if max_nfe is not None:
         raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")
-    known = {**RULES, **dict.fromkeys(ADAPTIVE)}
-    rule = as_rule(_checks.lookup(known, method, "method") if isinstance(method, str) else method)
+    if isinstance(method, str):
+        method = _checks.lookup(RULES, method, f"method (besides {', '.join(ADAPTIVE)})")
+    rule = as_rule(method)
     return integrate(system, rule, x, times, noise or Noise(x), keep=keep, progress=progress, callback=callback)
 
 

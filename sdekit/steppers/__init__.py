@@ -1,9 +1,9 @@
 """Step rules: one step from t to s of any system, and what they are put together from."""
 
-from sdekit.steppers.base import StepRule, as_rule, chain, repeat, step_rule, stay
+from sdekit.steppers.base import StepRule, as_rule, chain, repeat, stay, step_rule
+from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
 from sdekit.steppers.exponential import ddim, dpmpp_2m
 from sdekit.steppers.langevin import langevin
-from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
 
 __all__ = [
     "RULES",

@@ -31,6 +31,7 @@ class StepRule:
     nodes: tuple[float, ...] = ()
 
     def __call__(self, system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        """Take the step: (x at s, state)."""
         return self.step(system, x, t, s, noise, state)
 
 
@@ -56,7 +57,8 @@ def stay(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
 
 def chain(first: StepRule, second: StepRule) -> StepRule:
     """Two rules on the same interval, one after the other: ``chain(corrector, predictor)`` is
-    predictor-corrector sampling (Song et al. 2021, algorithm 1). Each keeps a state of its own."""
+    predictor-corrector sampling (Song et al. 2021, algorithm 1). Each keeps a state of its own.
+    """
 
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         a, b = state or (None, None)

@@ -35,7 +35,8 @@ def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
 @step_rule(evaluations=4, order=4, nodes=(0.5,))
 def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """The classical Runge-Kutta method on the drift, plus diffusion(t) dW: order 4 on an ODE, strong order 1
-    with noise."""
+    with noise.
+    """
     h = s - t
     m = t + 0.5 * (s - t)
     k1 = system.drift(x, t)

@@ -1,0 +1,133 @@
+"""Measured orders: on the digits mixture, log-SNR-uniform grids, float64, a slope within 0.1 of the claim."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdekit import HeatODE, as_score, solve
+from sdekit.grids import make_grid
+from sdekit.steppers import RULES
+from tests import oracle
+from tests.conftest import NAMED
+
+STEPS = (160, 320)
+ODE_RULES = {name: RULES[name] for name in ("euler_maruyama", "reverse_diffusion", "ddim", "heun", "rk4", "dpmpp_2m")}
+
+
+def slope(steps, errors):
+    return -float(np.polyfit(np.log(steps[-2:]), np.log(errors[-2:]), 1)[0])
+
+
+def reparameterised(sde, score, predicts):
+    """The same score as a network that predicts something else."""
+
+    def network(x, t):
+        s, a = score(x, t), sde.alpha(t).reshape(-1, *(1,) * (x.ndim - 1))
+        sigma = sde.sigma(t).reshape(-1, *(1,) * (x.ndim - 1))
+        eps = -sigma * s
+        x0 = (x - sigma * eps) / a
+        return {"score": s, "eps": eps, "x0": x0, "v": a * eps - sigma * x0}[predicts]
+
+    return as_score(network, sde, predicts)
+
+
+@pytest.fixture(scope="module")
+def exact_flow(digits64):
+    """x at lambda = -4 and where the exact flow takes it at lambda = 3, in the Karras frame."""
+    g, _ = digits64
+    s0, s1 = np.exp(4.0), np.exp(-3.0)
+    y = s0 * np.random.default_rng(0).standard_normal((8, 64))
+    return torch.from_numpy(y), torch.from_numpy(g.flow(y, s0, s1, rtol=1e-11, atol=1e-12))
+
+
+@pytest.mark.parametrize("rule", ODE_RULES)
+@pytest.mark.parametrize("name", NAMED)
+def test_order_on_every_process(digits64, exact_flow, rule, name):
+    """PITFALLS 6, 7, 8: order, not closeness."""
+    sde, (y, ref) = NAMED[name](), exact_flow
+    lam = torch.tensor([-4.0 if name != "VE" else -3.9, 3.0], dtype=torch.float64)
+    if name == "VE":  # sigma(T) = 50 < e^4: its own start
+        g, _ = digits64
+        y = y * float(torch.exp(-lam[0])) / np.exp(4.0)
+        ref = torch.from_numpy(g.flow(y.numpy(), float(torch.exp(-lam[0])), np.exp(-3.0), rtol=1e-11, atol=1e-12))
+    system = sde.probability_flow(digits64[1].score(sde))
+    errors = []
+    for n in STEPS:
+        grid = sde.inverse_half_log_snr(torch.linspace(*lam.tolist(), n + 1, dtype=torch.float64))
+        x = solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1])
+        errors.append(oracle.error(x, ref.numpy()))
+    assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
+
+
+@pytest.mark.parametrize("predicts", ["score", "eps", "x0", "v"])
+@pytest.mark.parametrize("rule", ["heun", "dpmpp_2m", "ddim"])
+def test_order_under_every_parameterisation(digits64, exact_flow, rule, predicts):
+    """PITFALL 8: a Heun with the wrong sigma hides under eps-prediction; here each parameterisation is one score."""
+    sde, (y, ref) = HeatODE(), exact_flow
+    system = sde.probability_flow(reparameterised(sde, digits64[1].score(sde), predicts))
+    errors = []
+    for n in STEPS:
+        grid = sde.inverse_half_log_snr(torch.linspace(-4.0, 3.0, n + 1, dtype=torch.float64))
+        errors.append(oracle.error(solve(system, y, grid, rule).x, ref.numpy()))
+    assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
+
+
+def test_strong_order_on_a_shared_path():
+    """PITFALL 14: the reverse SDE on one Brownian path refined; Euler-Maruyama is of strong order 1 there."""
+    from sdekit import VPSDE
+    from tests.conftest import gaussian_score
+
+    sde, paths, finest = VPSDE(), 400, 1024
+    rng = np.random.default_rng(0)
+    dW = torch.from_numpy(rng.normal(size=(finest, paths)) * (0.8 / finest) ** 0.5)
+
+    class Path:
+        """Sums of one path's finest increments, asked for interval by interval."""
+
+        def __init__(self, n):
+            self.sums = iter(dW.reshape(n, finest // n, paths).sum(1))
+
+        def increment(self, t, s):
+            return next(self.sums)
+
+    x = 0.5 * torch.from_numpy(rng.normal(size=paths))
+    for system, grid_ends in ((sde, (0.1, 0.9)), (sde.reverse(gaussian_score(sde, 0.5)), (0.9, 0.1))):
+        for rule, order in (("euler_maruyama", 1.0), ("heun", 1.0), ("rk4", 1.0)):
+            ends = {
+                n: solve(system, x, torch.linspace(*grid_ends, n + 1, dtype=torch.float64), rule, noise=Path(n)).x
+                for n in (32, 64, 128, finest)
+            }
+            errors = [float((ends[n] - ends[finest]).square().mean().sqrt()) for n in (32, 64, 128)]
+            assert slope((32, 64, 128), errors) > order - 0.15, (rule, grid_ends, errors)
+
+
+def test_reference_errors_on_digits64(digits64):
+    """EDM's Euler and Heun on its own grid, start and budget: the numbers of an independent NumPy run, to 1e-6."""
+    from sdekit import sample
+
+    g, mixture = digits64
+    sde, n = HeatODE(), 24
+    x_T = 80 * torch.randn(n, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
+    for nfe in (5, 10, 20):
+        i = np.arange(nfe) / (nfe - 1)
+        levels = np.append((80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, 0)
+        y = x_T.numpy().copy()
+        for a, b in zip(levels[:-1], levels[1:], strict=True):
+            y = y + (b - a) * (y - g.denoise(y, a)) / a
+        for name in ("euler", "ddim"):
+            ours = sample(sde, mixture.score(sde), x_T.shape, name, nfe=nfe, x_T=x_T)
+            np.testing.assert_allclose(ours.numpy(), y, atol=1e-6)
+        half = nfe // 2 + nfe % 2
+        i = np.arange(half) / (half - 1)
+        levels = np.append((80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, 0)
+        y = x_T.numpy().copy()
+        for a, b in zip(levels[:-1], levels[1:], strict=True):
+            d = (y - g.denoise(y, a)) / a
+            end = y + (b - a) * d
+            y = end if b == 0 else y + (b - a) * (d + (end - g.denoise(end, b)) / b) / 2
+        ours = sample(sde, mixture.score(sde), x_T.shape, "heun", nfe=nfe, x_T=x_T)
+        np.testing.assert_allclose(ours.numpy(), y, atol=1e-6)
+    assert make_grid(sde, "karras", 3).tolist() == pytest.approx(
+        [80.0, (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7,
+         (80 ** (1 / 7) + 2 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7, 0.002]
+    )  # fmt: skip
