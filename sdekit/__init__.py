@@ -4,6 +4,7 @@ from sdekit.grids import GRIDS
 from sdekit.likelihood import Likelihood, log_likelihood
 from sdekit.mixture import GaussianMixture
 from sdekit.noise import Noise
+from sdekit.pretrained import load_pretrained
 from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
 from sdekit.reverse import Reverse
 from sdekit.samplers import SAMPLERS, Sampler, ode_sample, pc_sample, sample
@@ -33,6 +34,7 @@ __all__ = [
     "SubVPSDE",
     "System",
     "as_score",
+    "load_pretrained",
     "log_likelihood",
     "ode_sample",
     "pc_sample",

@@ -14,6 +14,8 @@ from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar
 # y' = rhs(y, t, run) for the samples of the batch that are still running: y (b, *event), t (b,), their indices run (b,)
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+MAX_NFE = 100_000  # where a solver that gets nowhere gives up
+
 
 @dataclass(frozen=True)
 class Tableau:
@@ -55,7 +57,7 @@ def adaptive(
     rtol: float,
     atol: float,
     norm: Callable[[Tensor], Tensor] = rms,
-    max_nfe: int | None = None,
+    max_nfe: int = MAX_NFE,
     keep: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
@@ -127,7 +129,7 @@ def adaptive(
             y, k_first = y[going], k_first[going]
         if run.numel() == 0:
             break
-        if max_nfe is not None and nfe + len(pair.c) - 1 > max_nfe:
+        if nfe + len(pair.c) - 1 > max_nfe:
             for i in run.tolist():
                 status[i] = "max_nfe"
             break
@@ -162,7 +164,8 @@ def _first_step(
     span = (clock[-1] - clock[0]).abs()
     small = (d0 < 1e-5) | (d1 < 1e-5)
     h0 = torch.where(small, 1e-6 * span, (0.01 * d0 / d1).to(t)).clamp_max(span)
-    k_probe = rhs(y + expand(direction * h0, y) * k, t + direction * h0, run)
+    t_probe = (t + direction * h0).clamp(clock.min(), clock.max())  # t + span may lie a rounding beyond the end
+    k_probe = rhs(y + expand(direction * h0, y) * k, t_probe, run)
     d2 = norm((k_probe - k) / scale).to(t) / h0
     steepest = torch.maximum(d1.to(t), d2)
     flat = torch.maximum(1e-6 * span, h0 * 1e-3)

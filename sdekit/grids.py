@@ -14,12 +14,12 @@ Grid = str | Tensor | Callable[[SDE, int], Tensor]
 
 def uniform(sde: SDE, n: int) -> Tensor:
     """Uniform in t."""
-    return torch.linspace(sde.T, sde.t_min, n + 1, dtype=torch.float64)
+    return _pin(sde, torch.linspace(sde.T, sde.t_min, n + 1, dtype=torch.float64))
 
 
 def quadratic(sde: SDE, n: int) -> Tensor:
     """Uniform in sqrt(t)  (Song, Meng & Ermon 2021, appendix D.2)."""
-    return torch.linspace(sde.T**0.5, sde.t_min**0.5, n + 1, dtype=torch.float64).square()
+    return _pin(sde, torch.linspace(sde.T**0.5, sde.t_min**0.5, n + 1, dtype=torch.float64).square())
 
 
 def log_snr(sde: SDE, n: int) -> Tensor:
@@ -82,6 +82,9 @@ def _levels(sde: SDE) -> tuple[Tensor, Tensor]:
 
 
 def _from_half_log_snr(sde: SDE, lam: Tensor) -> Tensor:
-    times = sde.inverse_half_log_snr(lam)
+    return _pin(sde, sde.inverse_half_log_snr(lam))
+
+
+def _pin(sde: SDE, times: Tensor) -> Tensor:
     times[0], times[-1] = sde.T, sde.t_min  # the ends are exact, not to rounding
     return times

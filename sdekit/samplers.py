@@ -48,10 +48,10 @@ SAMPLERS: dict[str, Sampler] = {
     "heun_sde": Sampler(heun, churn=1.0),
     "pc": predictor_corrector(),
     "annealed_langevin": predictor_corrector("none", corrector_steps=2),
-    "euler": Sampler(euler_maruyama, grid="karras"),
+    "euler": Sampler(euler_maruyama, grid="quadratic"),
     "heun": Sampler(heun, grid="karras"),
     "rk4": Sampler(rk4, grid="karras"),
-    "ddim": Sampler(RULES["ddim"], grid="karras"),
+    "ddim": Sampler(RULES["ddim"], grid="quadratic"),
     "dpmpp_2m": Sampler(dpmpp_2m, grid="log_snr"),
 }
 

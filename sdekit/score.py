@@ -60,7 +60,13 @@ def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tenso
 
 
 class NetworkScore:
-    """The score of a trained network; made by :func:`as_score`, called as ``score(x, t)``."""
+    """The score of a trained network; made by :func:`as_score`, called as ``score(x, t)``.
+
+    ``event`` and ``data_range``: the data's shape without the batch and their bounds, where a checkpoint tells them.
+    """
+
+    event: tuple[int, ...] | None = None
+    data_range: tuple[float, float] | None = None
 
     def __init__(self, network: Callable[..., Tensor], sde: SDE, predicts: str, time: Callable[[Tensor], Tensor]):
         self.network, self.sde, self.predicts, self._time = network, sde, predicts, time

@@ -182,7 +182,8 @@ class SDE(System):
 
     def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """Mean alpha(t) x_0 and standard deviation sigma(t) of x_t given x_0; both broadcast with x0."""
-        return expand(self.alpha(t), x0) * x0, expand(self.sigma(t), x0)
+        time = as_time(t, self.T)  # float64: the coefficients are rounded to x0's dtype only when they meet it
+        return expand(self.alpha(time), x0) * x0, expand(self.sigma(time), x0)
 
     def transition(self, t: Time, u: Time) -> tuple[Tensor, Tensor]:
         """Scale a and standard deviation s of  x_u | x_t ~ N(a x_t, s^2 I)  for t <= u.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks, backends
-from sdekit.adaptive import adaptive
+from sdekit.adaptive import MAX_NFE, adaptive
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
 from sdekit.sde import System
@@ -39,7 +39,8 @@ def solve(
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; "rk45", Dormand-Prince 5(4)
     with error and step size per sample between the grid's ends; or "torchdiffeq:dopri5",
     "scipy:RK45", "torchsde:euler" and so on, a back-end and its own method.
-    ``rtol``, ``atol``: of an adaptive method, per sample; ``max_nfe``: its limit of evaluations.
+    ``rtol``, ``atol``: of an adaptive method, per sample; ``max_nfe``: its limit of evaluations
+    (default 100,000).
     ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
     trajectory, 0 for none. ``callback(step, t, x)`` after each step.
 
@@ -61,12 +62,11 @@ def solve(
     if method in ADAPTIVE:
         if system.churn:
             raise ValueError(f"rk45 integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
-        if max_nfe is not None:
-            _checks.count(max_nfe, "max_nfe", minimum=8)
+        limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8)
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
-            lambda y, t, run: system.drift(y, t), x, ends, rtol=rtol, atol=atol, max_nfe=max_nfe, keep=bool(keep),
+            lambda y, t, run: system.drift(y, t), x, ends, rtol=rtol, atol=atol, max_nfe=limit, keep=bool(keep),
             progress=progress, callback=callback,
         )  # fmt: skip
         system.settle()

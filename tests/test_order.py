@@ -7,15 +7,19 @@ import torch
 from sdekit import HeatODE, as_score, solve
 from sdekit.grids import make_grid
 from sdekit.steppers import RULES
-from tests import oracle
 from tests.conftest import NAMED
 
-STEPS = (160, 320)
+STEPS = (80, 160, 320)
 ODE_RULES = {name: RULES[name] for name in ("euler_maruyama", "reverse_diffusion", "ddim", "heun", "rk4", "dpmpp_2m")}
 
 
 def slope(steps, errors):
-    return -float(np.polyfit(np.log(steps[-2:]), np.log(errors[-2:]), 1)[0])
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def typical(x, ref):
+    """Median over samples: at 80 steps now and then one still falls to another mode."""
+    return float(np.median(np.sqrt(((np.asarray(x) - np.asarray(ref)) ** 2).mean(1))))
 
 
 def reparameterised(sde, score, predicts):
@@ -36,7 +40,7 @@ def exact_flow(digits64):
     """x at lambda = -4 and where the exact flow takes it at lambda = 3, in the Karras frame."""
     g, _ = digits64
     s0, s1 = np.exp(4.0), np.exp(-3.0)
-    y = s0 * np.random.default_rng(0).standard_normal((8, 64))
+    y = s0 * np.random.default_rng(0).standard_normal((16, 64))
     return torch.from_numpy(y), torch.from_numpy(g.flow(y, s0, s1, rtol=1e-11, atol=1e-12))
 
 
@@ -55,7 +59,7 @@ def test_order_on_every_process(digits64, exact_flow, rule, name):
     for n in STEPS:
         grid = sde.inverse_half_log_snr(torch.linspace(*lam.tolist(), n + 1, dtype=torch.float64))
         x = solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1])
-        errors.append(oracle.error(x, ref.numpy()))
+        errors.append(typical(x, ref))
     assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
 
 
@@ -68,7 +72,7 @@ def test_order_under_every_parameterisation(digits64, exact_flow, rule, predicts
     errors = []
     for n in STEPS:
         grid = sde.inverse_half_log_snr(torch.linspace(-4.0, 3.0, n + 1, dtype=torch.float64))
-        errors.append(oracle.error(solve(system, y, grid, rule).x, ref.numpy()))
+        errors.append(typical(solve(system, y, grid, rule).x, ref))
     assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
 
 

@@ -1,0 +1,89 @@
+"""Data sets, scores and feature spaces for the image benchmarks."""
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdekit import SDE, VPSDE
+from sdekit.metrics import Extractor, batched, inception_extractor, load_feature_extractor
+from sdekit.pretrained import load_pretrained
+from sdekit.score import NetworkScore
+from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
+from sdekit.training.digits import load_digits
+from sdekit.training.features import load_features, save_features, train_classifier
+from sdekit.training.networks import build
+from sdekit.training.trainer import train
+
+
+@dataclass
+class Problem:
+    """Real images (N, C, H, W) in [-1, 1], a score that was trained on them, and the feature space to compare in."""
+
+    images: Tensor
+    sde: SDE
+    score: NetworkScore
+    extractor: Extractor
+    metric: str
+
+
+def digits() -> Problem:
+    sde, score = load_pretrained("digits")
+    extractor = load_feature_extractor("digits")
+    return Problem(load_digits()[0], sde, score, extractor, "Fréchet distance (digits features)")
+
+
+def fashion_mnist(data: Path, checkpoint: Path | None, train_steps: int, out: Path) -> Problem:
+    """Fashion-MNIST from IDX files; what is not given is trained here, kept under ``out``, and said."""
+    images = torch.tensor(read_idx(data, "train-images-idx3-ubyte"), dtype=torch.float32)[:, None] / 127.5 - 1
+    labels = torch.tensor(read_idx(data, "train-labels-idx1-ubyte"), dtype=torch.int64)
+    if checkpoint is None:
+        checkpoint = out / f"fashion-mnist-{train_steps}-steps.safetensors"
+        if checkpoint.is_file():
+            print(f"score: {checkpoint}, trained by an earlier run for {train_steps} steps")
+        else:
+            print(f"score: no --checkpoint given; a small U-Net is trained for {train_steps} steps (a weak model)")
+            network = build("UNet", channels_in=1, width=32, multipliers=(1, 2, 2))
+            network = train(network, VPSDE(), images, steps=train_steps, batch=64, lr=1e-3, progress=True).network
+            save_checkpoint(checkpoint, network, VPSDE(), "v", event=(1, 28, 28), data_range=(-1.0, 1.0))
+    sde, score = load_checkpoint(checkpoint)
+    if score.event not in (None, (1, 28, 28)):
+        raise SystemExit(f"--checkpoint {checkpoint} is for images of shape {score.event}, not (1, 28, 28)")
+    cache = out / "fashion-mnist-features.safetensors"
+    if not cache.is_file():
+        print("features: a small classifier is trained on the data set's labels, once")
+        fitted = train_classifier(images[:20000], labels[:20000], epochs=4, width=16)
+        print(f"features: {fitted.test_accuracy:.1%} of the held-out images right; kept as {cache}")
+        save_features(cache, fitted)
+    extractor = batched(load_features(cache).features)
+    return Problem(images[:10000], sde, score, extractor, "Fréchet distance (fashion-mnist classifier features)")
+
+
+def with_inception(problem: Problem, weights: Path) -> Problem:
+    """The same problem, measured in InceptionV3's features: the FID."""
+    extractor = inception_extractor(weights)
+    problem.extractor = lambda images: extractor(images.expand(-1, 3, -1, -1))  # grey, three times
+    problem.metric = "FID (InceptionV3, pytorch-fid weights)"
+    return problem
+
+
+def read_idx(path: Path, name: str) -> np.ndarray:
+    """The array of an IDX file: ``path`` is its folder, or a file in the folder; gzip or plain."""
+    if not path.exists():
+        raise SystemExit(f"--data: no file or folder {path}; give the folder of the IDX files")
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.is_file():
+            break
+    else:
+        raise SystemExit(f"--data: neither {name} nor {name}.gz in {folder}; give the folder of the IDX files")
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        rank = content[3]
+        shape = np.frombuffer(content, ">u4", rank, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        raise SystemExit(f"--data: {file} is no IDX file of bytes, or is truncated: {error}") from None

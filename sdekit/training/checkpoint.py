@@ -1,0 +1,149 @@
+"""One safetensors file per trained score: the weights, and JSON that says how to rebuild everything else."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from sdekit import _checks
+from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
+from sdekit.score import PREDICTIONS, NetworkScore, as_score
+from sdekit.sde import SDE
+from sdekit.training.networks import NETWORKS, build
+
+FORMAT = "sdekit-score-1"
+
+# What can be saved: a process by the arguments that make it.
+PROCESSES: dict[str, tuple[type[SDE], tuple[str, ...]]] = {
+    "VPSDE": (VPSDE, ("beta_min", "beta_max")),
+    "SubVPSDE": (SubVPSDE, ("beta_min", "beta_max")),
+    "VESDE": (VESDE, ("sigma_min", "sigma_max")),
+    "HeatODE": (HeatODE, ("T",)),
+}
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    sde: SDE,
+    predicts: str,
+    *,
+    event: Sequence[int] | None = None,
+    data_range: tuple[float, float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a trained network and its process to one safetensors file, whole or not at all.
+
+    ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`; ``sde``: a named process, as its constructor
+    made it; ``event``, ``data_range``: the data's shape without the batch, and their bounds, for whoever loads it;
+    ``dtype``: of the weights on disk (float16 halves the file).
+
+    Raises ValueError for a network or process that cannot be rebuilt from its name and arguments.
+    """
+    names = {kind: name for name, kind in NETWORKS.items()}
+    if type(network) not in names:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {type(network).__name__}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    _checks.lookup(PREDICTIONS, predicts, "prediction")
+    about = {
+        "process": _describe_process(sde),
+        "predicts": predicts,
+        "network": {"name": names[type(network)], "arguments": network.arguments},
+        "event": None if event is None else [int(n) for n in event],
+        "data_range": None if data_range is None else [float(v) for v in data_range],
+    }
+    write_tensors(path, network.state_dict(), FORMAT, about, dtype)
+
+
+def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str | None = None) -> tuple[SDE, NetworkScore]:
+    """(sde, score) of a file of :func:`save_checkpoint`; the weights come back in float32, in evaluation mode.
+
+    ``device``: where the weights go, the CPU unless given. ``score.event`` and ``score.data_range`` are the
+    data's shape and bounds as saved, or None. Raises FileNotFoundError for a missing file, and ValueError for one
+    that is truncated, of another format, or names an unknown process, prediction or network.
+    """
+    about, weights = read_tensors(path, FORMAT)
+    try:
+        sde = _build_process(about["process"])
+        network = build(about["network"]["name"], **about["network"]["arguments"])
+        network.load_state_dict(weights)
+        score = as_score(network.eval().requires_grad_(False).to(device or "cpu"), sde, predicts=about["predicts"])
+        score.event = about["event"] and tuple(about["event"])
+        score.data_range = about["data_range"] and tuple(about["data_range"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)} describes no score that can be rebuilt: {error}") from error
+    return sde, score
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], form: str, about: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Tensors and JSON to one safetensors file: beside it first, then moved over it in one go."""
+    path = Path(path)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise ValueError(f"weight {name} is not finite in {dtype}; train again, or save with dtype=torch.float32")
+    held = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    content = to_bytes(held, metadata={"format": form, "about": json.dumps(about)})
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(about, float32 tensors) of a file of :func:`write_tensors` with the format ``form``."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {os.fspath(path)}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)} is truncated or no safetensors file: {error}") from error
+    if metadata.get("format") != form:
+        raise ValueError(f"{os.fspath(path)} has the format {metadata.get('format')!r}, not {form!r}")
+    try:
+        about = json.loads(metadata["about"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} has no readable description: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{os.fspath(path)} has no readable description: a JSON object is needed, got {about!r:.60}")
+    return about, tensors
+
+
+def _describe_process(sde: SDE) -> dict[str, Any]:
+    name = type(sde).__name__
+    if name not in PROCESSES or type(sde) is not PROCESSES[name][0]:
+        raise ValueError(f"sde must be one of {', '.join(PROCESSES)} to be saved by name, got {name}")
+    described = {"name": name, "arguments": {key: float(getattr(sde, key)) for key in PROCESSES[name][1]}}
+    rebuilt = _build_process(described)
+    probe = torch.linspace(sde.t_min, sde.T, 17, dtype=torch.float64)
+    same = (rebuilt.T, rebuilt.t_min) == (sde.T, sde.t_min) and torch.equal(rebuilt.sigma(probe), sde.sigma(probe))
+    if not same:
+        raise ValueError(
+            f"{name} with a sigma, T or t_min of its own cannot be saved: numbers can be stored, functions cannot; "
+            "save the weights and make the process where you load them"
+        )
+    return described
+
+
+def _build_process(described: dict[str, Any]) -> SDE:
+    make, known = _checks.lookup(PROCESSES, described["name"], "process")
+    arguments = described["arguments"]
+    if sorted(arguments) != sorted(known):
+        raise ValueError(f"{described['name']} takes {', '.join(known)}, got {', '.join(arguments)}")
+    return make(**arguments)

@@ -1,0 +1,64 @@
+"""Keyed noise: a sample's numbers are its own."""
+
+import pytest
+import torch
+
+from sdekit import Noise
+
+
+@pytest.mark.parametrize("event", [(), (1,), (2, 3), (3, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_is_the_same_alone_and_in_any_batch(event, dtype):
+    """PITFALL 23."""
+    whole = Noise(torch.empty(6, *event, dtype=dtype), 5)
+    one = Noise(torch.empty(1, *event, dtype=dtype), 5, ids=[4])
+    some = Noise(torch.empty(3, *event, dtype=dtype), 5, ids=[4, 1, 0])
+    for _ in range(300):  # across several blocks
+        z = whole.normal()
+        assert torch.equal(one.normal()[0], z[4])
+        assert torch.equal(some.normal(), z[[4, 1, 0]])
+
+
+def test_seeds_purposes_samples_and_draws_are_distinct():
+    like = torch.empty(3, 64)
+    draws = [Noise(like, seed, purpose=p).normal() for seed in (0, 1) for p in ("prior", "path", "probe")]
+    source = Noise(like, 0)
+    draws += [source.normal()[[1, 2, 0]], source.normal(), Noise(like, None).normal(), Noise(like, None).normal()]
+    rows = torch.cat(draws)
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows) - 3  # the first "path" draw is there twice
+
+
+def test_law_of_normals_and_increments():
+    """z-tests at 6 sigma: p < 2e-9 each. Successive draws and neighbouring samples are uncorrelated."""
+    n = 200
+    source = Noise(torch.empty(n, 500, dtype=torch.float64), 0)
+    a, b = source.normal(), source.normal()
+    for x in (a, b):
+        assert abs(float(x.mean())) < 6 / x.numel() ** 0.5
+        assert abs(float(x.var()) - 1) < 6 * (2 / x.numel()) ** 0.5
+    assert abs(float((a * b).mean())) < 6 / a.numel() ** 0.5
+    assert abs(float((a[1:] * a[:-1]).mean())) < 6 / a[1:].numel() ** 0.5
+    dW = source.increment(0.9, 0.4)
+    assert abs(float(dW.var()) / 0.5 - 1) < 6 * (2 / dW.numel()) ** 0.5
+
+
+def test_a_draw_is_not_overwritten_by_the_next():
+    source = Noise(torch.empty(2, 4096), 0)
+    first = source.normal()
+    kept = first.clone()
+    source.normal()
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"ids": [0]}, "got 1 for a batch of 2"),
+        ({"ids": [0, -1]}, "ids must be at least 0"),
+    ],
+)
+def test_bad_input_is_named(kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Noise(torch.empty(2, 3), **kwargs)

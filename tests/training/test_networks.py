@@ -1,0 +1,89 @@
+"""The networks keep the shape, dtype and time of what they are given, and touch no global state."""
+
+import pytest
+import torch
+
+from sdekit.training.networks import MLP, NETWORKS, UNet, build, time_features
+
+
+def nudged(network, seed=0):
+    """Zero-initialised read-outs hide wrong shapes and dead paths: give every weight a value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return network
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (28, 28), (1, 5), (32, 32)])
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 2)])
+def test_a_unet_returns_the_shape_it_got(size, multipliers):
+    network = nudged(build("UNet", channels_in=2, width=8, multipliers=multipliers))
+    x = torch.randn(3, 2, *size, generator=torch.Generator().manual_seed(0))
+    out = network(x, torch.tensor([0.1, 0.5, 0.9]))
+    assert out.shape == x.shape
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize(("name", "event"), [("UNet", (1, 8, 8)), ("MLP", (1,))])
+def test_a_bf16_network_tells_times_apart_that_bf16_cannot(name, event):
+    network = nudged(build(name)).to(torch.bfloat16)
+    x = torch.ones(2, *event, dtype=torch.bfloat16)
+    out = network(x, torch.tensor([0.5, 0.5009]))  # equal in bf16, whose spacing at 0.5 is 0.0039
+    assert out.dtype == torch.bfloat16
+    assert not torch.equal(out[0], out[1])
+
+
+@pytest.mark.parametrize(("name", "event"), [("UNet", (1, 8, 8)), ("MLP", (1,))])
+def test_samples_do_not_see_each_other(name, event):
+    network = nudged(build(name)).double()
+    x = torch.randn(4, *event, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    assert torch.allclose(network(x, t)[2:3], network(x[2:3], t[2:3]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_takes_part(name):
+    network = nudged(build(name))
+    x = torch.ones(2, 1, 8, 8) if name == "UNet" else torch.ones(2, 1)
+    network(x, torch.tensor([0.2, 0.7])).square().sum().backward()
+    idle = [key for key, weight in network.named_parameters() if weight.grad is None]
+    assert idle == []
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_seed_fixes_the_weights_and_the_global_rng_stays(name):
+    before = torch.random.get_rng_state()
+    a, b, c = build(name, seed=3), build(name, seed=3), build(name, seed=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    pairs = list(zip(a.parameters(), b.parameters(), c.parameters(), strict=True))
+    assert all(torch.equal(u, v) for u, v, _ in pairs)
+    assert not all(torch.equal(u, w) for u, _, w in pairs)
+
+
+def test_time_features_are_distinct_over_both_kinds_of_clock():
+    for top in (1.0, 80.0):
+        features = time_features(torch.linspace(0, top, 200), 32)
+        gaps = torch.cdist(features, features) + 10 * torch.eye(200)
+        assert gaps.min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (UNet, {"width": 0}, "width"),
+        (UNet, {"multipliers": ()}, "multipliers"),
+        (MLP, {"dim": 0}, "dim"),
+        (MLP, {"width": 7}, "width must be even"),
+    ],
+)
+def test_bad_sizes_are_named(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_unknown_networks_and_arguments_are_named():
+    with pytest.raises(ValueError, match="UNet"):
+        build("Unet")
+    with pytest.raises(ValueError, match="depth"):
+        build("MLP", depth=3)
