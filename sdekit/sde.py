@@ -166,7 +166,8 @@ class SDE(System):
         try:
             (alpha, sigma, _), da, ds2 = _plain_slopes(schedule, time)
         except RuntimeError:  # inside vmap, jvp and the like only the functional form works; it is ten times slower
-            (alpha, sigma, _), pull = torch.func.vjp(schedule, time)
+            values, pull = torch.func.vjp(schedule, time)[:2]
+            alpha, sigma, _ = values
             one, zero = torch.ones_like(time), torch.zeros_like(time)
             (da,), (ds2,) = pull((one, zero, zero)), pull((zero, zero, one))
         return alpha, sigma, da / alpha, ds2

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from sdekit import SDE, GaussianMixture, HeatODE, SubVPSDE, VESDE, VPSDE
+from sdekit import SDE, VESDE, VPSDE, GaussianMixture, HeatODE, SubVPSDE
 from tests import oracle
 
 torch.set_num_threads(1)  # the tests run in parallel processes

@@ -77,8 +77,9 @@ def test_the_marginal_test_has_power():
     assert max(distances(x, truth, sde, t)) < THRESHOLD
     assert max(distances(1.12 * x, truth, sde, t)) > THRESHOLD
     assert max(distances(x + 0.15, truth, sde, t)) > THRESHOLD
-    two, exact = GaussianMixture([[-2.0], [2.0]], [[[0.1]], [[0.1]]], [0.56, 0.44]), oracle.Mixture(
-        [[-2.0], [2.0]], np.full((2, 1, 1), 0.1)
+    two, exact = (
+        GaussianMixture([[-2.0], [2.0]], [[[0.1]], [[0.1]]], [0.56, 0.44]),
+        oracle.Mixture([[-2.0], [2.0]], np.full((2, 1, 1), 0.1)),
     )
     x = sde.perturb(two.sample(N, seed=1, dtype=torch.float64), sde.t_min, seed=2)
     assert max(distances(x, exact, sde, sde.t_min)) > THRESHOLD

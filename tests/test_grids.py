@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdekit import GRIDS, HeatODE, VPSDE
+from sdekit import GRIDS, VPSDE, HeatODE
 from sdekit.grids import karras, make_grid
 from tests.conftest import PROCESSES
 

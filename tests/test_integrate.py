@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdekit import HeatODE, System, VPSDE, solve, step_rule
+from sdekit import VPSDE, HeatODE, System, solve, step_rule
 from sdekit.steppers import chain, repeat, stay
 from tests.conftest import gaussian_score
 
@@ -119,7 +119,9 @@ def test_trajectory_and_callback():
     assert seen[-1][1] == 1.0
     assert torch.equal(seen[-1][2], out.x)
     assert out.trajectory.x.shape == (5, 2, 3)
-    torch.testing.assert_close(out.trajectory.t, torch.tensor([80.0, 60.25, 40.5, 20.75, 1.0]).double(), check_dtype=False)
+    torch.testing.assert_close(
+        out.trajectory.t, torch.tensor([80.0, 60.25, 40.5, 20.75, 1.0]).double(), check_dtype=False
+    )
     assert torch.equal(out.trajectory.x[0], x)
     assert torch.equal(out.trajectory.x[2], seen[49][2])
     assert torch.equal(out.trajectory.x[-1], out.x)

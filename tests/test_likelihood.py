@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import GaussianMixture, SolverError, VPSDE, log_likelihood
+from sdekit import VPSDE, GaussianMixture, SolverError, log_likelihood
 from tests.conftest import gaussian_score
 from tests.test_fokker_planck import random_mixture
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdekit import GaussianMixture, VPSDE
+from sdekit import VPSDE, GaussianMixture
 from tests.conftest import PROCESSES
 from tests.test_fokker_planck import random_mixture
 

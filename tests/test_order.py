@@ -1,5 +1,7 @@
 """Measured orders: on the digits mixture, log-SNR-uniform grids, float64, a slope within 0.1 of the claim."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_reference_errors_on_digits64(digits64):
         i = np.arange(nfe) / (nfe - 1)
         levels = np.append((80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, 0)
         y = x_T.numpy().copy()
-        for a, b in zip(levels[:-1], levels[1:], strict=True):
+        for a, b in itertools.pairwise(levels):
             y = y + (b - a) * (y - g.denoise(y, a)) / a
         for name in ("euler", "ddim"):
             ours = sample(sde, mixture.score(sde), x_T.shape, name, nfe=nfe, x_T=x_T)
@@ -125,7 +127,7 @@ def test_reference_errors_on_digits64(digits64):
         i = np.arange(half) / (half - 1)
         levels = np.append((80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, 0)
         y = x_T.numpy().copy()
-        for a, b in zip(levels[:-1], levels[1:], strict=True):
+        for a, b in itertools.pairwise(levels):
             d = (y - g.denoise(y, a)) / a
             end = y + (b - a) * d
             y = end if b == 0 else y + (b - a) * (d + (end - g.denoise(end, b)) / b) / 2

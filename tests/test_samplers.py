@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import SAMPLERS, GaussianMixture, Sampler, VPSDE, ode_sample, pc_sample, sample
+from sdekit import SAMPLERS, VPSDE, GaussianMixture, Sampler, ode_sample, pc_sample, sample
 from sdekit.steppers import RULES, ddim
 from tests import oracle
-from tests.conftest import NAMED, gaussian_score
+from tests.conftest import gaussian_score
 
 SHAPES = [(5,), (5, 1), (5, 2, 3), (5, 2, 3, 3)]
 CALLS = {

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from sdekit import SDE, HeatODE, SubVPSDE, VESDE, VPSDE
+from sdekit import SDE, VESDE, VPSDE, HeatODE, SubVPSDE
 from tests.conftest import PROCESSES
 
 FRACTIONS = torch.tensor([0.0, 0.01, 0.3, 0.7, 1.0], dtype=torch.float64)
