@@ -12,6 +12,7 @@ from sdekit.steppers.base import StepRule, step_rule
 def ddim(eta: float = 0.0) -> StepRule:
     """x_s = alpha_s x_0 + sqrt(sigma_s^2 - w^2) eps + w z,  w = eta sigma_s/sigma_t sqrt(v).
 
+    x_0 = (x + sigma_t^2 score)/alpha_t and eps = -sigma_t score are put in, so a step is two terms;
     v = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 is the variance of the forward step from s to t. eta = 0 is
     DDIM, 1 is DDPM's ancestral sampling with the posterior's variance, between is between; eta is this rule's
     own noise, whatever the system's churn. Song, Meng & Ermon 2021, eq. 12 and 16.
@@ -24,10 +25,10 @@ def ddim(eta: float = 0.0) -> StepRule:
     @step_rule()
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         n_t, n_s = system.at(t, x), system.at(s, x)
-        x0, eps = system.predict(x, t)
         r = (n_t.alpha * n_s.sigma) / (n_s.alpha * n_t.sigma)
         w = eta * n_s.sigma * ((1 - r) * (1 + r)) ** 0.5 if eta else 0.0
-        x_s = combine(n_s.alpha, x0, (n_s.sigma**2 - w**2) ** 0.5, eps)
+        scale, left = n_s.alpha / n_t.alpha, (n_s.sigma**2 - w**2) ** 0.5
+        x_s = combine(scale, x, scale * n_t.sigma**2 - left * n_t.sigma, system.score(x, n_t.time))
         return (x_s + w * noise.normal() if eta else x_s), state
 
     return step
