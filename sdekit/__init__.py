@@ -9,10 +9,11 @@ from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
 from sdekit.reverse import Reverse
 from sdekit.samplers import SAMPLERS, Sampler, ode_sample, pc_sample, sample
 from sdekit.score import as_score
-from sdekit.sde import SDE, System
+from sdekit.sde import SDE
 from sdekit.solution import Solution, SolverError
 from sdekit.solve import solve
 from sdekit.steppers import StepRule, step_rule
+from sdekit.system import System
 
 __version__ = "0.1.0"
 

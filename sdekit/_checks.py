@@ -60,3 +60,16 @@ def state(x: Any, name: str = "x") -> Tensor:
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds {int((~torch.isfinite(x)).sum())} non-finite values; pass finite ones")
     return x
+
+
+def floating(dtype: torch.dtype | None, name: str = "dtype") -> torch.dtype | None:
+    """The dtype, if it is None or floating."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {dtype}; use torch.float32 or torch.float64")
+    return dtype
+
+
+def instance(sde: Any) -> None:
+    """Refuse a process's class where the process itself is meant."""
+    if isinstance(sde, type):
+        raise TypeError(f"sde must be a process, not its class: {sde.__name__}(), got {sde.__name__}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdekit.sde import expand
 from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar
+from sdekit.system import expand
 
 # y' = rhs(y, t, run) for the samples of the batch that are still running: y (b, *event), t (b,), their indices run (b,)
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +68,8 @@ def adaptive(
     A step of sample i is accepted where norm(error_i / (atol + rtol max(|y_i|, |y_i new|))) <= 1, and its next
     one follows from its own error (Hairer, Norsett & Wanner 1993, II.4). Samples that are done leave the
     batch that ``rhs`` sees; no evaluation lies outside the interval. ``keep`` makes the trajectory at ``times``.
-    A sample that cannot go on keeps its last accepted state and says why in ``status``.
+    A sample that cannot go on keeps its last accepted state and says why in ``status``; from there on its trajectory
+    is NaN.
     """
     batch, n = y.shape[0], len(times)
     clock = times.to(y.device) if y.device.type != "mps" else times.to(y.device, torch.float32)
@@ -77,7 +78,7 @@ def adaptive(
     result, reached = y.clone(), clock[0].expand(batch).clone()
     counts = torch.zeros(3, batch, dtype=torch.int64)  # evaluations, accepted, rejected
     status = [SUCCESS] * batch
-    path = y.new_empty(n, *y.shape) if keep else None
+    path = y.new_full((n, *y.shape), math.nan) if keep else None
     if path is not None:
         path[0] = y
     run = torch.arange(batch, device=y.device)
@@ -170,4 +171,5 @@ def _first_step(
     steepest = torch.maximum(d1.to(t), d2)
     flat = torch.maximum(1e-6 * span, h0 * 1e-3)
     h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / order))
-    return torch.minimum(100 * h0, h1).clamp_max(span)
+    h = torch.minimum(100 * h0, h1).clamp_max(span)
+    return torch.where(torch.isfinite(h), h, 1e-6 * span)  # what is not finite is rejected until the step underflows

@@ -11,8 +11,8 @@ import torchsde
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from sdekit.sde import System
 from sdekit.solution import SUCCESS, Solution, full
+from sdekit.system import System
 
 
 def _torchdiffeq(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
@@ -22,7 +22,10 @@ def _torchdiffeq(system: System, x: Tensor, grid: Tensor, method: str, rtol: flo
     def rhs(t: Tensor, y: Tensor) -> Tensor:
         return system.drift(y, _inside(float(t), grid))
 
-    return torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method)[-1]
+    try:
+        return torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method)[-1]
+    except AssertionError as error:  # its way to say "underflow in dt" and "non-finite values in state"
+        raise GaveUpError(str(error)) from error
 
 
 def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
@@ -35,7 +38,7 @@ def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, at
     ends = (float(grid[0]), float(grid[-1]))
     out = solve_ivp(rhs, ends, x.double().cpu().numpy().ravel(), method=method, rtol=rtol, atol=atol)
     if not out.success:
-        raise RuntimeError(out.message)
+        raise GaveUpError(out.message)
     return torch.from_numpy(out.y[:, -1].copy()).to(x).reshape(x.shape)
 
 
@@ -87,7 +90,21 @@ def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float,
     return y.reshape(x.shape)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"torchdiffeq": _torchdiffeq, "torchsde": _torchsde, "scipy": _scipy}
+class GaveUpError(Exception):
+    """A back-end's own solver failed."""
+
+
+# Those that choose their steps themselves, and those that take the grid's. torchsde's other methods ask for more of
+# the Brownian path than increments of successive intervals.
+ADAPTIVE = {
+    **{f"torchdiffeq:{m}": _torchdiffeq for m in ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")},
+    **{f"scipy:{m}": _scipy for m in ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")},
+}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    **ADAPTIVE,
+    **{f"torchdiffeq:{m}": _torchdiffeq for m in ("euler", "midpoint", "heun3", "rk4")},
+    "torchsde:euler": _torchsde,
+}
 
 
 def run(
@@ -101,14 +118,12 @@ def run(
     atol: float,
     noise: Any,
 ) -> Solution:
-    """x at grid[-1] by a back-end's ``method``; its own failure becomes the status "failed" and NaN."""
-    nfe, status, t = system.nfe, SUCCESS, float(grid[-1])
+    """x at grid[-1] by a back-end's ``method``; its own failure becomes the status "failed", its reason, and NaN."""
+    nfe, status, t, reason = system.nfe, SUCCESS, float(grid[-1]), ""
     try:
-        out = backend(system, x, grid, method, rtol, atol, noise)
-    except (AssertionError, RuntimeError) as reason:
-        if isinstance(reason, FloatingPointError) or not _gave_up(reason):
-            raise
-        out, status, t = torch.full_like(x, torch.nan), "failed", float(grid[0])
+        out = backend(system, x, grid, method.partition(":")[2], rtol, atol, noise)
+    except GaveUpError as error:
+        out, status, t, reason = torch.full_like(x, torch.nan), "failed", float(grid[0]), str(error)
     system.settle()
     evaluations = system.nfe - nfe
     return Solution(
@@ -119,11 +134,8 @@ def run(
         accepted=None,
         rejected=None,
         status=[status] * x.shape[0],
+        reason=reason,
     )
-
-
-def _gave_up(reason: Exception) -> bool:
-    return any(words in str(reason) for words in ("underflow in dt", "max_num_steps", "step size", "Required step"))
 
 
 def _needs_ode(system: System, name: str) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit.sde import System
 from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, full, keep_indices
 from sdekit.steppers import StepRule
+from sdekit.system import System
 
 
 def integrate(
@@ -30,6 +30,8 @@ def integrate(
     nfe, state, steps = system.nfe, None, len(times) - 1
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
     system.prepare(times + between, x)
+    if keep > steps + 1:
+        raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
     for k, (t, s) in enumerate(bar(pairwise(times), progress, steps), start=1):
@@ -50,5 +52,9 @@ def integrate(
         accepted=full(x, steps, torch.int64),
         rejected=full(x, 0, torch.int64),
         status=[SUCCESS] * x.shape[0],
-        trajectory=Trajectory(torch.tensor([t for t, _ in path]), torch.stack([y for _, y in path])) if path else None,
+        trajectory=Trajectory(
+            torch.tensor([t for t, _ in path], dtype=torch.float64), torch.stack([y for _, y in path])
+        )
+        if path
+        else None,
     )

@@ -50,7 +50,8 @@ def log_likelihood(
 
     ``divergence``: "exact" (D products, batched) or "hutchinson" (``probes`` Rademacher vectors per sample,
     fixed along the path). ``prior_log_prob``: (B, *event) -> (B,), default ``sde.prior_log_prob``.
-    Raises ValueError or TypeError for bad input, SolverError where a sample cannot reach T.
+    Raises ValueError or TypeError for bad input and for a score that is not differentiable in x, SolverError where
+    a sample cannot reach T.
     """
     x = _checks.state(x).detach()
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
@@ -63,11 +64,18 @@ def log_likelihood(
         draw = Noise(x, seed, ids, purpose="probe")
         vectors = torch.stack([torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)])
     n = 1 if exact else probes
-    system = sde.probability_flow(score)
+
+    def differentiable(y: Tensor, t: Tensor) -> Tensor:
+        out = score(y, t)
+        if isinstance(out, Tensor) and not out.requires_grad:
+            raise ValueError("score must be differentiable in x for its divergence; take no_grad or detach out of it")
+        return out
+
+    system = sde.probability_flow(differentiable)
 
     def rhs(y: Tensor, t: Tensor, run: Tensor) -> Tensor:
         state = y[:, :d].reshape(-1, *x.shape[1:])
-        dx, products = _drift_and_products(system, state, t, vectors[:, run])
+        dx, products = _drift_and_products(system, state, t, vectors, run)
         div = products.sum(0).unsqueeze(1) if exact else products.T
         return torch.cat([dx.reshape(-1, d), div], 1)
 
@@ -92,8 +100,8 @@ def log_likelihood(
     return Likelihood(prior + change.mean(1), stderr, latent, system.nfe)
 
 
-def _drift_and_products(system: Reverse, x: Tensor, t: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The flow's drift f at x and v . (df/dx)^T v for every v in ``vectors`` (n, B, *event), (n, B); one network pass.
+def _drift_and_products(system: Reverse, x: Tensor, t: Tensor, vectors: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
+    """The flow's drift f at x and v . (df/dx)^T v for every v in ``vectors[:, run]``, (n, B); one network pass.
 
     The sum over unit vectors is the exact divergence. For entries of +-1 the linear part of the drift
     contributes its divergence exactly, so only the score's is estimated.
@@ -104,7 +112,8 @@ def _drift_and_products(system: Reverse, x: Tensor, t: Tensor, vectors: Tensor) 
         size = max(1, _VJP_NUMBERS // x.numel())
         chunks = vectors.split(size)
         products = []
-        for i, v in enumerate(chunks):
+        for i, chunk in enumerate(chunks):
+            v = chunk[:, run]
             (jv,) = torch.autograd.grad(drift, x, v, is_grads_batched=True, retain_graph=i + 1 < len(chunks))
-            products.append((v * jv).flatten(2).sum(2) if x.ndim > 1 else v * jv)
+            products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
     return drift.detach(), torch.cat(products)

@@ -10,7 +10,8 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise import Noise
 from sdekit.score import Score
-from sdekit.sde import SDE, Time, as_time
+from sdekit.sde import SDE
+from sdekit.system import Time, as_time
 
 
 class GaussianMixture:
@@ -63,7 +64,7 @@ class GaussianMixture:
         u = 0.5 * (1 + torch.erf(z[:, 0] / math.sqrt(2)))  # uniform, to choose the component
         k = torch.searchsorted(self.weights.cumsum(0), u).clamp_max(len(self.weights) - 1)
         x = self.means[k] + torch.einsum("bdj,bj->bd", self.eigenvectors[k], self.eigenvalues[k].sqrt() * z[:, 1:])
-        return x.to(dtype or torch.get_default_dtype())
+        return x.to(_checks.floating(dtype) or torch.get_default_dtype())
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density in nats at x (B, *event), (B,) in x's dtype."""
@@ -84,6 +85,7 @@ class GaussianMixture:
 
     def _parts(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N_k(x) (B, K); x - a m_k in k's eigenvectors (B, K, D); its variances, (B or 1, K, D)."""
+        _checks.floating(x.dtype, "x")
         flat = x.reshape(x.shape[0], -1).double()
         d = self.means.shape[1]
         if flat.shape[1] != d:

@@ -18,7 +18,8 @@ class Noise:
     """Standard normal numbers for a batch, sample by sample.
 
     Row i is drawn by a generator of its own, keyed by (seed, ids[i], purpose), so a sample's noise
-    does not depend on the batch that it is drawn in. The global generator is neither read nor moved.
+    does not depend on the batch that it is drawn in. The global generator is neither read nor moved. No two
+    samples share a generator (for ids below 2^32), though torch's CPU generator takes 32 bits of seed only.
     The same seed gives the same numbers on devices of the same type and in the same dtype.
 
     ``like``: a tensor (B, *event) that gives shape, dtype and device. ``seed``: a whole number >= 0,
@@ -33,9 +34,8 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        # Word i of a seed sequence does not depend on how many words are asked for, so it is sample i's key.
-        keys = np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(max(ids) + 1, np.uint64)
-        self._generators = [torch.Generator(like.device).manual_seed(int(keys[i])) for i in ids]
+        key = int(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(1, np.uint64)[0])
+        self._generators = [torch.Generator(like.device).manual_seed(_sample_key(key, i)) for i in ids]
         # Small events are drawn many at a time: one call per sample and block, not per sample and step.
         self._block = max(1, _BLOCK // like[0].numel())
         self._drawn = like.new_empty(like.shape[0], self._block, *like.shape[1:])
@@ -53,3 +53,8 @@ class Noise:
     def increment(self, t: float, s: float) -> Tensor:
         """The Brownian increment of the next interval, W_s - W_t ~ N(0, |s - t|), (B, *event)."""
         return self.normal().mul_(abs(s - t) ** 0.5)
+
+
+def _sample_key(key: int, i: int) -> int:
+    """A 64-bit key whose low half, all that a CPU generator reads, is a bijection of i: no birthday collisions."""
+    return (key >> 32 << 32) | ((key + i * 0x9E3779B1) & 0xFFFFFFFF)

@@ -86,7 +86,14 @@ class HeatODE(SDE):
         if sigma is not None and not callable(sigma):
             raise TypeError(f"sigma must be a callable t -> sigma_t or None, got {sigma!r}")
         self._sigma = sigma
-        levels = self.sigma(torch.linspace(0.0, self.T, 257, dtype=torch.float64))
+        times = torch.linspace(0.0, self.T, 257, dtype=torch.float64)
+        try:
+            levels = self.sigma(times)
+            torch.func.vjp(self.sigma, times)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"sigma must map a float64 tensor by torch operations (not math's or NumPy's): {error}"
+            ) from error
         if not torch.isfinite(levels).all() or levels[0] < 0 or (levels.diff() <= 0).any():
             raise ValueError(f"sigma must be finite, not negative and increasing on [0, {self.T:g}]")
         if levels[0] > 1e-6:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.score import CountedScore, Score, batch_time, refuse_zero_terminal_snr, solver_time
-from sdekit.sde import SDE, System, Time, as_time, expand
+from sdekit.sde import SDE
+from sdekit.system import System, Time, as_time, expand
 
 
 class Node(NamedTuple):
@@ -45,6 +46,11 @@ class Reverse(System):
     def backwards_only(self) -> bool:  # type: ignore[override]
         """With noise the family's marginals are p_t in decreasing time only; the flow runs both ways."""
         return self.churn > 0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """[t_min, T]: nearer to the data the score may be singular."""
+        return self.sde.t_min, self.sde.T
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Tabulate the coefficients at all times of a loop in one vectorised call."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit import _checks
+from sdekit import _checks, backends
 from sdekit.grids import Grid, make_grid
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
@@ -15,37 +15,58 @@ from sdekit.score import Score
 from sdekit.sde import SDE
 from sdekit.solution import Callback, SolverError
 from sdekit.solve import ADAPTIVE, solve
-from sdekit.steppers import RULES, StepRule, as_rule, chain, dpmpp_2m, euler_maruyama, heun, langevin, repeat, rk4
-
-DEFAULT_STEPS = 1000
+from sdekit.steppers import (
+    RULES,
+    StepRule,
+    as_rule,
+    at_end,
+    chain,
+    dpmpp_2m,
+    euler_maruyama,
+    heun,
+    langevin,
+    repeat,
+    rk4,
+    stay,
+)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A step rule under ``sde.reverse(score, churn)`` on a grid (used where neither user nor process names one)."""
+    """A step rule under ``sde.reverse(score, churn)``.
+
+    ``grid`` and ``steps`` are the defaults, where neither user nor process says otherwise.
+    """
 
     rule: StepRule
     churn: float = 0.0
     grid: str = "uniform"
+    steps: int = 50
 
 
-def predictor_corrector(predictor: str = "euler_maruyama", corrector: str = "langevin", corrector_steps: int = 1,
-                        snr: float = 0.16) -> Sampler:  # fmt: skip
-    """Predictor-corrector sampling: Langevin steps at t, then one predictor step of the reverse SDE to s."""
-    rule = _checks.lookup(RULES, predictor, "predictor")
-    correctors = {"langevin": langevin, "none": None}
-    make = _checks.lookup(correctors, corrector, "corrector")
-    if make is not None:
-        rule = chain(repeat(make(snr), _checks.count(corrector_steps, "corrector_steps")), rule)
-    return Sampler(rule, churn=1.0)
+def predictor_corrector(
+    predictor: str | StepRule = "euler_maruyama",
+    corrector: str = "langevin",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+) -> Sampler:
+    """Predictor-corrector sampling: Langevin steps at t, then one predictor step of the reverse SDE to s.
+
+    Without a predictor the Langevin steps are those of s, the level that x is to be at next.
+    """
+    rule = _checks.lookup(RULES, predictor, "predictor") if isinstance(predictor, str) else as_rule(predictor)
+    correct = repeat(langevin(snr), _checks.count(corrector_steps, "corrector_steps"))
+    if _checks.lookup({"langevin": True, "none": False}, corrector, "corrector"):
+        rule = at_end(correct) if rule is stay else chain(correct, rule)
+    return Sampler(rule, churn=1.0, steps=1000)
 
 
 # name -> what makes it. A new sampler is a new row; tests and benchmarks loop over these.
 SAMPLERS: dict[str, Sampler] = {
-    "euler_maruyama": Sampler(euler_maruyama, churn=1.0),
-    "reverse_diffusion": Sampler(RULES["reverse_diffusion"], churn=1.0),
-    "ancestral": Sampler(RULES["ancestral"]),
-    "heun_sde": Sampler(heun, churn=1.0),
+    "euler_maruyama": Sampler(euler_maruyama, churn=1.0, steps=1000),
+    "reverse_diffusion": Sampler(RULES["reverse_diffusion"], churn=1.0, steps=1000),
+    "ancestral": Sampler(RULES["ancestral"], steps=1000),
+    "heun_sde": Sampler(heun, churn=1.0, steps=1000),
     "pc": predictor_corrector(),
     "annealed_langevin": predictor_corrector("none", corrector_steps=2),
     "euler": Sampler(euler_maruyama, grid="quadratic"),
@@ -77,8 +98,9 @@ def sample(
 ) -> Tensor:
     """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler or a step rule.
 
-    ``steps``: steps of the grid (default 1000 with noise, 50 without), or ``nfe``: a budget of network
-    evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
+    A bare step rule runs on the probability flow; ``Sampler(rule, churn=1.0)`` puts it on the reverse SDE.
+    ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
+    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
     decreasing tensor of times in [t_min, T]. ``denoise``: return E[x_0|x] at the last time instead of x.
     ``seed``: fixes everything; sample i is keyed by ids[i] (default i), whatever the batch.
@@ -88,17 +110,22 @@ def sample(
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
     """
+    _checks.instance(sde)
     row = _sampler(sampler)
     system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)
     if steps is not None and nfe is not None:
         raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
     if nfe is not None:
-        steps = _steps_within(nfe, row.rule, denoise)
         system.score.budget = nfe
+        most = _steps_within(nfe, row.rule, denoise)
+        steps = None if given else most
     elif steps is None and not given:
-        steps = DEFAULT_STEPS if row.churn else 50
-    times = make_grid(sde, sde.grid or row.grid if grid is None else grid, None if steps is None else _steps(steps))
+        steps = row.steps
+    steps = None if steps is None else _checks.count(steps, "steps")
+    times = make_grid(sde, (sde.grid or row.grid) if grid is None else grid, steps)
+    if nfe is not None and len(times) - 1 > most:
+        raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
     x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     noise = Noise(x, seed, ids)
     out = solve(system, x, times, row.rule, noise=noise, progress=progress, callback=callback).x
@@ -111,7 +138,7 @@ def pc_sample(
     shape: Sequence[int],
     *,
     steps: int | None = 1000,
-    predictor: str = "euler_maruyama",
+    predictor: str | StepRule = "euler_maruyama",
     corrector: str = "langevin",
     corrector_steps: int = 1,
     snr: float = 0.16,
@@ -125,14 +152,16 @@ def pc_sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
 ) -> Tensor:
-    """Predictor-corrector samples of the reverse SDE (Song et al. 2021, algorithm 1), shape (B, *event).
+    """Predictor-corrector samples of the reverse SDE, shape (B, *event).
 
-    ``predictor``: a name in ``RULES``, or "none" for annealed Langevin dynamics alone. ``corrector``: "langevin"
-    or "none"; ``corrector_steps`` of it per step, each of signal-to-noise ratio ``snr``. A step costs
-    ``corrector_steps`` + the predictor's evaluations. Everything else as in :func:`sample`.
+    Each step corrects at t, then predicts from t to s: Song et al. 2021, algorithm 1, in the order of their code.
+    ``predictor``: a name in ``RULES`` or a step rule; "none" is annealed Langevin dynamics alone, which needs many
+    steps. ``corrector``: "langevin" or "none"; ``corrector_steps`` of it per step, each of signal-to-noise ratio
+    ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: a tensor of times as ``grid``
+    says it itself, and the default is then left aside. Everything else as in :func:`sample`.
     """
-    if grid is not None and not isinstance(grid, str) and not callable(grid) and steps == DEFAULT_STEPS:
-        steps = None  # the given times say how many
+    if grid is not None and not isinstance(grid, str) and not callable(grid) and steps == 1000:
+        steps = None
     sampler = predictor_corrector(predictor, corrector, corrector_steps, snr)
     return sample(
         sde, score, shape, sampler, steps=steps, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
@@ -160,12 +189,13 @@ def ode_sample(
 ) -> Tensor:
     """Samples of shape (B, *event) by the probability flow from T to t_min, solved adaptively.
 
-    ``method``: "rk45" (error and step size per sample), or a back-end's, such as "torchdiffeq:dopri5" or
-    "scipy:DOP853". ``rtol``, ``atol``: tolerances per sample. Everything else as in :func:`sample`.
+    ``method``: "rk45", with tolerances ``rtol`` and ``atol`` and step sizes per sample; or a back-end's adaptive one
+    (``backends.ADAPTIVE``: "torchdiffeq:dopri5", "scipy:DOP853", ...), whose error and steps are those of the batch
+    as a whole, so that a sample depends on its batch. Everything else as in :func:`sample`.
     Raises SolverError, which carries the partial solution, where a sample cannot reach t_min.
     """
-    if method not in ADAPTIVE and ":" not in str(method):
-        _checks.lookup(dict.fromkeys((*ADAPTIVE, "torchdiffeq:dopri5", "scipy:RK45", "scipy:DOP853")), method, "method")
+    _checks.instance(sde)
+    _checks.lookup({**dict.fromkeys(ADAPTIVE), **backends.ADAPTIVE}, method, "adaptive method")
     system = sde.probability_flow(score)
     times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
     x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
@@ -183,10 +213,6 @@ def _sampler(sampler: Any) -> Sampler:
     if sampler in ADAPTIVE:
         raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use ode_sample(..., method={sampler!r})")
     return _checks.lookup(SAMPLERS, sampler, "sampler")
-
-
-def _steps(steps: Any) -> int:
-    return _checks.count(steps, "steps")
 
 
 def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
@@ -209,8 +235,7 @@ def _start(
     ids: Sequence[int] | None,
 ) -> Tensor:
     size = _checks.event_shape(shape)
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating dtype, got {dtype}; use torch.float32 or torch.float64")
+    _checks.floating(dtype)
     if x_T is None:
         device = device or getattr(score, "device", None)
         return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=float(times[0]), ids=ids)

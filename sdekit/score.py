@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.sde import SDE, as_time, expand, float64
+from sdekit.sde import SDE
+from sdekit.system import as_time, expand, float64
 
 Score = Callable[[Tensor, Any], Tensor]
 
@@ -95,7 +96,7 @@ class NetworkScore:
 def as_score(
     network: Callable[..., Tensor],
     sde: SDE,
-    predicts: str = "eps",
+    predicts: str = "score",
     *,
     time: Callable[[Tensor], Tensor] | None = None,
 ) -> NetworkScore:

@@ -5,7 +5,6 @@ Time runs from data (t = 0) to noise (t = T), and  x_t | x_0 ~ N(alpha(t) x_0, s
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise import Noise
+from sdekit.system import System, Time, as_time, expand
 
 if TYPE_CHECKING:
     from sdekit.reverse import Reverse
-
-Time = float | Tensor
 
 
 class Coefficients(NamedTuple):
@@ -33,47 +31,6 @@ class Coefficients(NamedTuple):
     g2: Tensor
 
 
-def float64(device: torch.device) -> torch.dtype:
-    """The widest dtype of a device: Apple's mps has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def as_time(t: Any, T: float) -> Tensor:
-    """t (float, 0-d or (B,) tensor) in [0, T] as a float64 tensor; the border where time enters."""
-    if isinstance(t, Tensor):
-        if t.dtype == torch.bool or t.is_complex():
-            raise TypeError(f"t must be a real tensor, got {t.dtype}")
-        if t.ndim > 1:
-            raise ValueError(f"t must be a float, a 0-d or a (B,) tensor, got shape {tuple(t.shape)}")
-        time = t.to(float64(t.device))
-    elif isinstance(t, numbers.Real) and not isinstance(t, bool):
-        time = torch.tensor(float(t), dtype=torch.float64)
-    else:
-        raise TypeError(f"t must be a float, a 0-d or a (B,) tensor, got {type(t).__name__}")
-    if time.device.type != "cpu":
-        return time  # looking at the values would wait for the device
-    slack = 1e-6 * T  # a float32 time may lie a rounding beyond T
-    try:
-        inside = bool(((time >= -slack) & (time <= T + slack)).all())
-    except RuntimeError:
-        return time  # inside vmap the values cannot be looked at
-    if not inside:
-        raise ValueError(f"t must lie in [0, {T:g}], got {time.min():g} ... {time.max():g}")
-    return time
-
-
-def expand(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of shape () or (B,) in the form that multiplies x of shape (B, *event).
-
-    The one broadcast rule: a (B,) coefficient gets one trailing axis per axis of the event.
-    """
-    if c.ndim == 0:
-        return c
-    if c.shape[0] != x.shape[0]:
-        raise ValueError(f"t has {c.shape[0]} entries for a batch of {x.shape[0]}; pass one time, or one per sample")
-    return c.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
-
-
 def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
     """Let a one-line ``alpha`` or ``sigma`` written for a float64 tensor take any t of the surface."""
 
@@ -85,28 +42,6 @@ def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Ten
         return value.to(t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else value
 
     return bordered
-
-
-class System:
-    """Anything a solver can integrate: ``dx = drift(x, t) dt + diffusion(t) dW``, in either direction of time."""
-
-    churn: float = 1.0  # 0 means that diffusion is zero and no noise need be drawn
-    nfe: int = 0  # network evaluations so far
-    backwards_only: bool = False  # True where the equation means something in decreasing time alone
-
-    def drift(self, x: Tensor, t: Time) -> Tensor:
-        """The drift, like x."""
-        raise NotImplementedError(f"{type(self).__name__} needs drift(x, t)")
-
-    def diffusion(self, t: Time) -> Any:
-        """The diffusion: a number, or a tensor of t's shape."""
-        raise NotImplementedError(f"{type(self).__name__} needs diffusion(t)")
-
-    def prepare(self, times: Sequence[float], x: Tensor) -> None:
-        """Told before a loop which times it will visit, so that one vectorised call can serve them all."""
-
-    def settle(self) -> None:
-        """Told after a loop, to raise what was not worth waiting for the device at every step."""
 
 
 class SDE(System):
@@ -130,8 +65,14 @@ class SDE(System):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("alpha", "sigma"):
-            if name in vars(cls):
-                setattr(cls, name, _schedule(vars(cls)[name]))
+            method = getattr(cls, name)  # the class's own, or one that a plain mixin brings
+            if method is not getattr(SDE, name) and not hasattr(method, "__wrapped__"):
+                setattr(cls, name, _schedule(method))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """[0, T]: the forward equation may start at the data."""
+        return 0.0, self.T
 
     def alpha(self, t: Any) -> Tensor:
         """The signal's scale at t."""
@@ -151,7 +92,13 @@ class SDE(System):
         alpha, sigma, f, ds2 = self._differentiate(time)
         if not (torch.isfinite(f) & torch.isfinite(ds2)).all():
             limit = self._differentiate(torch.where(torch.isfinite(ds2), time, 1e-12 * self.T))
-            f, ds2 = limit[2], torch.where(torch.isfinite(ds2), ds2, limit[3])
+            f, ds2 = torch.where(torch.isfinite(f), f, limit[2]), torch.where(torch.isfinite(ds2), ds2, limit[3])
+            bad = ~(torch.isfinite(f) & torch.isfinite(ds2)).reshape(-1)
+            if bad.any():
+                at = float(time.reshape(-1)[bad][0])
+                raise ValueError(
+                    f"{type(self).__name__}: alpha or sigma has no finite logarithm or slope at t = {at:g}"
+                )
         g2 = ds2 - 2 * f * sigma**2
         if (g2 < -1e-9 * (ds2.abs() + 2 * f.abs() * sigma**2)).any():
             at = float(time.reshape(-1)[g2.reshape(-1).argmin()])
@@ -192,9 +139,10 @@ class SDE(System):
         a = alpha_u/alpha_t and s^2 = sigma_u^2 (1 - SNR_u/SNR_t), which is sigma_u^2 - a^2 sigma_t^2
         without its cancellation. Raises ValueError where u < t.
         """
-        if bool((as_time(u, self.T) < as_time(t, self.T)).any()):
+        start, end = as_time(t, self.T), as_time(u, self.T)
+        if bool((end < start).any()):
             raise ValueError(f"transition(t, u) runs forwards, t <= u; got t = {t}, u = {u}")
-        a_t, s_t, a_u, s_u = self.alpha(t), self.sigma(t), self.alpha(u), self.sigma(u)
+        a_t, s_t, a_u, s_u = self.alpha(start), self.sigma(start), self.alpha(end), self.sigma(end)
         r = (a_u * s_t) / (a_t * s_u)
         return a_u / a_t, s_u * ((1 - r) * (1 + r)).clamp_min(0.0).sqrt()  # r > 1 only by rounding at t = u
 
@@ -225,6 +173,7 @@ class SDE(System):
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""
+        _checks.floating(x0.dtype, "x0")
         if noise is None:
             noise = Noise(x0, seed, purpose="perturb").normal()
         elif noise.shape != x0.shape:
@@ -269,7 +218,10 @@ class SDE(System):
         """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
         time = as_time(t, self.T)
         alpha, sigma = expand(self.alpha(time), x), expand(self.sigma(time), x)
-        return (x + sigma**2 * score(x, time).to(x.dtype)) / alpha
+        out = score(x, time)
+        if out.shape != x.shape:
+            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        return (x + sigma**2 * out.to(x.dtype)) / alpha
 
 
 def _plain_slopes(

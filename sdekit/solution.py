@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 SUCCESS = "success"
 HINTS = {
-    "max_nfe": "the evaluation limit was reached before the end; raise max_nfe, or rtol and atol",
+    "max_nfe": "the evaluation limit was reached before the end; raise rtol and atol, or solve's max_nfe",
     "step_underflow": "the step fell below what time can resolve; raise atol, or t_min, or use float64",
     "failed": "the back-end gave up",
 }
@@ -21,7 +21,10 @@ Callback = Callable[[int, Any, Tensor], None]
 
 @dataclass
 class Trajectory:
-    """States kept along the way: ``x`` (K, B, *event) at the times ``t`` (K,), first and last included."""
+    """States kept along the way: ``x`` (K, B, *event) at the times ``t`` (K,), float64, first and last included.
+
+    Samples that stopped early are NaN at the times they did not reach.
+    """
 
     t: Tensor
     x: Tensor
@@ -45,6 +48,7 @@ class Solution:
     rejected: Tensor | None
     status: list[str]
     trajectory: Trajectory | None = field(default=None, repr=False)
+    reason: str = ""  # a back-end's own words, where it gave up
 
     @property
     def success(self) -> bool:
@@ -58,7 +62,7 @@ class Solution:
             f"{self.status.count(name)} of {len(self.status)} samples stopped: {HINTS[name]}"
             for name in HINTS
             if name in self.status
-        )
+        ) + (f" ({self.reason})" if self.reason else "")
 
 
 class SolverError(RuntimeError):

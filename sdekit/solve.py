@@ -10,9 +10,9 @@ from sdekit import _checks, backends
 from sdekit.adaptive import MAX_NFE, adaptive
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
-from sdekit.sde import System
 from sdekit.solution import Callback, Solution
 from sdekit.steppers import RULES, StepRule, as_rule
+from sdekit.system import System
 
 ADAPTIVE = ("rk45",)
 
@@ -37,12 +37,13 @@ def solve(
     anything with drift and diffusion. ``x``: (B, *event). ``grid``: monotone times; forwards in time too,
     except against the noise of a reverse SDE.
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; "rk45", Dormand-Prince 5(4)
-    with error and step size per sample between the grid's ends; or "torchdiffeq:dopri5",
-    "scipy:RK45", "torchsde:euler" and so on, a back-end and its own method.
-    ``rtol``, ``atol``: of an adaptive method, per sample; ``max_nfe``: its limit of evaluations
+    with error and step size per sample between the grid's ends; or a back-end and its method, such as
+    "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the whole batch's.
+    ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
     (default 100,000).
     ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
-    trajectory, 0 for none. ``callback(step, t, x)`` after each step.
+    trajectory, 0 for none; "rk45" steps onto each of those times, which costs evaluations.
+    ``callback(step, t, x)``: after each step.
 
     An adaptive method that stops early returns what it has, with a status per sample.
     Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
@@ -53,12 +54,10 @@ def solve(
     if keep:
         keep = _checks.count(keep, "keep", minimum=2)
     if isinstance(method, str) and ":" in method:
-        name, _, inner = method.partition(":")
-        if keep or callback is not None or max_nfe is not None:
-            raise ValueError(f"keep, callback and max_nfe are not known to the back-end {name}; leave them out")
-        backend = _checks.lookup(backends.BACKENDS, name, "back-end")
-        source = noise or Noise(x)
-        return backends.run(backend, system, x, times, inner, rtol=rtol, atol=atol, noise=source)
+        backend = _checks.lookup(backends.METHODS, method, "method")
+        if keep or callback is not None or max_nfe is not None or progress:
+            raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
+        return backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise or Noise(x))
     if method in ADAPTIVE:
         if system.churn:
             raise ValueError(f"rk45 integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
@@ -84,6 +83,11 @@ def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
     steps = times.diff()
     if times.ndim != 1 or times.numel() < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
         raise ValueError(f"grid must be at least two times, all increasing or all decreasing, got {times.tolist()[:8]}")
+    low, high = system.interval
+    slack = 1e-6 * high  # a float32 grid may lie a rounding beyond the ends
+    if times.min() < low * (1 - 1e-6) or times.max() > high + slack:
+        ends = f"[{float(times.min()):g}, {float(times.max()):g}]"
+        raise ValueError(f"grid must lie in [{low:g}, {high:g}] for {type(system).__name__}, got {ends}")
     if system.backwards_only and steps[0] > 0:
         raise ValueError(
             f"grid must decrease: a reverse SDE (churn = {system.churn:g}) only holds backwards in time; "

@@ -120,10 +120,28 @@ def test_limits_give_a_status_a_partial_result_and_a_hint():
     out = solve(system, x, torch.tensor([1.0, 1e-5]), "rk45", rtol=1e-9, atol=1e-9, max_nfe=40)
     assert out.nfe <= 40
     assert out.status.count("max_nfe") >= 2
-    assert "raise max_nfe" in out.hint
+    assert "evaluation limit" in out.hint
     assert torch.isfinite(out.x).all()
     assert ((out.t < 1) & (out.t > 1e-5))[1:].all()
     assert not out.success
+    out = solve(system, x, torch.tensor([1.0, 1e-5]), "rk45", rtol=1e-9, atol=1e-9, max_nfe=40, keep=9)
+    reached = out.trajectory.t.unsqueeze(1) >= out.t
+    assert torch.equal(torch.isfinite(out.trajectory.x).all(2), reached)  # and NaN, not garbage, beyond
+
+
+def test_a_system_that_returns_nan_stops():
+    class Broken(System):
+        churn = 0.0
+
+        def drift(self, x, t):
+            return x * math.nan
+
+        def diffusion(self, t):
+            return 0.0
+
+    out = solve(Broken(), torch.ones(2), [0.0, 1.0], "rk45")
+    assert out.status == ["step_underflow"] * 2
+    assert out.nfe < 1000
 
 
 def test_underflow_is_a_status_not_an_assert():

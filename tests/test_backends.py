@@ -59,6 +59,9 @@ def test_a_backend_that_gives_up_is_a_status():
     assert out.status == ["failed", "failed"]
     assert torch.isnan(out.x).all()
     assert "gave up" in out.hint
+    assert "underflow in dt" in out.hint
+    with pytest.raises(ZeroDivisionError):  # the score's own failure is not the back-end's
+        solve(VPSDE().probability_flow(lambda x, t: 1 / 0), torch.ones(2), [1.0, 0.5], "torchdiffeq:dopri5")
 
 
 def test_bad_use_is_named():
@@ -69,9 +72,12 @@ def test_bad_use_is_named():
     for method in ("torchdiffeq:dopri5", "scipy:RK45"):
         with pytest.raises(ValueError, match=f"{method.split(':')[0]} integrates ODEs"):
             solve(system, x, [1.0, 0.5], method)
-    with pytest.raises(ValueError, match="not known to the back-end torchsde"):
+    for method in ("torchdiffeq:rk4", "torchdiffeq:euler", "torchsde:euler"):  # one step from T to t_min
+        with pytest.raises(ValueError, match=f"unknown adaptive method '{method}'"):
+            ode_sample(sde, gaussian_score(sde), (2,), method=method)
+    with pytest.raises(ValueError, match="not known to torchsde:euler"):
         solve(system, x, [1.0, 0.5], "torchsde:euler", keep=3)
     with pytest.raises(ValueError, match="unknown sampler 'rk45'.*ode_sample"):
         sample(sde, gaussian_score(sde), (2,), "rk45")
-    with pytest.raises(ValueError, match="Expected method|Invalid method|method"):
+    with pytest.raises(ValueError, match="unknown method 'torchdiffeq:dopri6': did you mean"):
         solve(sde.probability_flow(gaussian_score(sde)), x, [1.0, 0.5], "torchdiffeq:dopri6")

@@ -128,6 +128,12 @@ def test_trajectory_and_callback():
     assert solve(system, x, torch.linspace(80, 1, 3), "ddim").trajectory is None
 
 
+def test_a_rule_that_needs_a_score_says_so():
+    for rule in ("ddim", "dpmpp_2m", "reverse_diffusion", "ancestral"):
+        with pytest.raises(TypeError, match=r"needs a score: give it sde.reverse\(score\), not VPSDE"):
+            solve(VPSDE(), torch.ones(2), [0.1, 0.2], rule)
+
+
 def test_overflow_is_an_error():
     class Blow(System):
         def drift(self, x, t):
@@ -163,12 +169,14 @@ def test_every_rule_runs_in_every_mode(sde):
         ({"x": torch.tensor([1.0, float("nan")])}, "x holds 1 non-finite values"),
         ({"method": "heum"}, "did you mean 'heun'"),
         ({"method": 3}, "a step rule must be a callable"),
-        ({"method": "torchdifeq:dopri5"}, "unknown back-end 'torchdifeq': did you mean 'torchdiffeq'"),
+        ({"method": "torchdifeq:dopri5"}, "unknown method 'torchdifeq:dopri5': did you mean 'torchdiffeq:dopri5'"),
         ({"method": "rk45", "rtol": -1e-3}, "rtol must be a finite number > 0"),
         ({"method": "rk45", "atol": 0.0}, "atol must be a finite number > 0"),
         ({"method": "rk45", "max_nfe": 3}, "max_nfe must be at least 8"),
         ({"method": "heun", "max_nfe": 30}, "max_nfe limits an adaptive method"),
         ({"keep": 1}, "keep must be at least 2"),
+        ({"keep": 3}, "keep must be at most 2, the times of the grid, got 3"),
+        ({"grid": torch.tensor([1.0, 0.0])}, r"grid must lie in \[1e-05, 1\] for Reverse, got \[0, 1\]"),
         ({"grid": torch.tensor([1.0])}, "at least two times"),
     ],
 )

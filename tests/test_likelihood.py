@@ -149,6 +149,7 @@ def test_float32_network_and_module_state():
         ({"rtol": 0.0}, ValueError, "rtol must be a finite number > 0"),
         ({"divergence": "hutchison"}, ValueError, "unknown divergence 'hutchison': did you mean 'hutchinson'"),
         ({"score": lambda x, t: x * math.nan}, FloatingPointError, "NaN or infinite values at t = 1e-05"),
+        ({"score": torch.no_grad()(lambda x, t: -x)}, ValueError, "score must be differentiable in x"),
         ({"prior_log_prob": lambda x: x}, ValueError, r"prior_log_prob must return shape \(2,\), got \(2, 2\)"),
         ({"score": lambda x, t: -(x**3) * 1e4}, SolverError, "samples stopped"),
     ],

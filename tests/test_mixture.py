@@ -67,6 +67,8 @@ def test_moments_of_samples_and_covs():
         (lambda: GaussianMixture([0.0], [[[1.0]]]), r"means must be \(K, D\)"),
         (lambda: GaussianMixture([[np.nan]], [[[1.0]]]), "finite"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).log_prob(torch.zeros(2, 3)), "1 entries per sample"),
+        (lambda: GaussianMixture([[0.0]], [[[1.0]]]).sample(3, dtype=torch.int64), "dtype must be floating"),
+        (lambda: GaussianMixture([[0.0]], [[[1.0]]]).log_prob(torch.ones(2, 1).long()), "x must be floating"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).sample(0), "n must be at least 1"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).at(VPSDE(), torch.tensor([0.1, 0.2])), "t must be one time"),
     ],

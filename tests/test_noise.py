@@ -28,6 +28,13 @@ def test_seeds_purposes_samples_and_draws_are_distinct():
     assert len({tuple(row.tolist()) for row in rows}) == len(rows) - 3  # the first "path" draw is there twice
 
 
+def test_no_two_samples_of_a_batch_share_a_stream():
+    """torch's CPU generator reads 32 bits of its seed: hashed keys would collide among 100,000 samples."""
+    x = Noise(torch.empty(100_000, 2), 1).normal()
+    assert len(x.unique(dim=0)) == 100_000
+    assert torch.equal(Noise(torch.empty(1, 2), 1, ids=[99_999]).normal()[0], x[-1])
+
+
 def test_law_of_normals_and_increments():
     """z-tests at 6 sigma: p < 2e-9 each. Successive draws and neighbouring samples are uncorrelated."""
     n = 200

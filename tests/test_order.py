@@ -78,6 +78,18 @@ def test_order_under_every_parameterisation(digits64, exact_flow, rule, predicts
     assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
 
 
+def test_noisy_ddim_refuses_to_run_forwards(digits64):
+    from sdekit.steppers import ddim
+
+    sde = HeatODE()
+    system = sde.probability_flow(digits64[1].score(sde))
+    with pytest.raises(ValueError, match="holds backwards in time only; use eta = 0"):
+        solve(system, torch.ones(1, 64), [0.1, 0.2], ddim(eta=0.5))
+    x = solve(system, torch.ones(1, 64, dtype=torch.float64), torch.linspace(1, 40, 2000), ddim(eta=0.0)).x
+    back = solve(system, x, torch.linspace(40, 1, 2000), ddim(eta=0.0)).x
+    torch.testing.assert_close(back, torch.ones_like(back), rtol=0, atol=0.05)  # encoding and back
+
+
 def test_strong_order_on_a_shared_path():
     """PITFALL 14: the reverse SDE on one Brownian path refined; Euler-Maruyama is of strong order 1 there."""
     from sdekit import VPSDE

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sdekit import SAMPLERS, VPSDE, GaussianMixture, Sampler, ode_sample, pc_sample, sample
+from sdekit.grids import make_grid
 from sdekit.steppers import RULES, ddim
 from tests import oracle
-from tests.conftest import gaussian_score
+from tests.conftest import NAMED, gaussian_score
 
 SHAPES = [(5,), (5, 1), (5, 2, 3), (5, 2, 3, 3)]
 CALLS = {
@@ -139,6 +140,48 @@ def test_pc_sample_is_the_row_pc():
     assert torch.equal(b, pc_sample(sde, score, (3, 2), steps=9, grid=grid, seed=1))
 
 
+def test_annealed_langevin_ends_at_the_last_level():
+    """Its last correction is at t_min, so that what it leaves is x at t_min, not at the level before."""
+    sde, seen = NAMED["VE"](), []
+
+    def score(x, t):
+        seen.append(float(t))
+        return gaussian_score(sde)(x, t)
+
+    pc_sample(sde, score, (2,), steps=4, predictor="none", seed=0, denoise=False)
+    assert seen == pytest.approx(make_grid(sde, "uniform", 4)[1:].tolist())
+
+
+def test_a_given_grid_and_a_budget():
+    sde, score = VPSDE(), gaussian_score(VPSDE())
+    grid = torch.linspace(1.0, 0.01, 11)
+    a = sample(sde, score, (2,), "ddim", grid=grid, seed=0)
+    assert torch.equal(a, sample(sde, score, (2,), "ddim", grid=grid, nfe=20, seed=0))
+    with pytest.raises(ValueError, match="grid has 10 steps, but nfe = 10 allows 9"):
+        sample(sde, score, (2,), "ddim", grid=grid, nfe=10, seed=0)
+
+
+def test_default_steps_follow_the_noise():
+    sde = VPSDE()
+    for name, steps in (("ancestral", 1000), ("euler_maruyama", 1000), ("ddim", 50), ("dpmpp_2m", 50)):
+        seen = []
+        sample(sde, gaussian_score(sde), (1,), name, seed=0, callback=lambda k, t, x, seen=seen: seen.append(k))
+        assert len(seen) == steps
+
+
+def test_a_users_rule_is_a_predictor_and_a_sampler():
+    """A bare rule runs on the flow; under Sampler(rule, churn=1) it is the row of the reverse SDE."""
+    sde, score = VPSDE(), gaussian_score(VPSDE())
+    rule = RULES["euler_maruyama"]
+    assert torch.equal(
+        pc_sample(sde, score, (3,), steps=9, predictor=rule, seed=1), pc_sample(sde, score, (3,), steps=9, seed=1)
+    )
+    row = sample(sde, score, (3,), Sampler(rule, churn=1.0), steps=9, seed=1)
+    assert torch.equal(row, sample(sde, score, (3,), "euler_maruyama", steps=9, seed=1))
+    flow = sample(sde, score, (3,), rule, steps=9, grid="quadratic", seed=1)
+    assert torch.equal(flow, sample(sde, score, (3,), "euler", steps=9, seed=1))
+
+
 def test_signatures_are_the_contract():
     for call, names in {
         pc_sample: "sde score shape steps predictor corrector corrector_steps snr grid denoise seed x_T device dtype "
@@ -167,15 +210,17 @@ BAD = {
     "x_T shape": (sample, {"x_T": torch.ones(3, 2)}, r"x_T must have the shape asked for, \(4, 2\), got \(3, 2\)"),
     "x_T integer": (sample, {"x_T": torch.ones(4, 2, dtype=torch.int32)}, "x_T must be a floating tensor"),
     "x_T NaN": (sample, {"x_T": torch.full((4, 2), math.nan)}, "x_T holds 8 non-finite values"),
-    "dtype": (sample, {"dtype": torch.int64}, "dtype must be a floating dtype, got torch.int64"),
+    "dtype": (sample, {"dtype": torch.int64}, "dtype must be floating, got torch.int64"),
     "seed": (sample, {"seed": "a"}, "seed must be a whole number"),
     "ids": (sample, {"ids": [1]}, "ids must hold one number per sample"),
-    "method": (ode_sample, {"method": "rk54"}, "unknown method 'rk54': did you mean 'rk45'"),
+    "method": (ode_sample, {"method": "rk54"}, "unknown adaptive method 'rk54': did you mean 'rk45'"),
     "rtol": (ode_sample, {"rtol": -1.0}, "rtol must be a finite number > 0, got -1.0"),
     "atol": (ode_sample, {"atol": math.nan}, "atol must be a finite number > 0, got nan"),
     "predictor": (pc_sample, {"predictor": "euler_maryama"}, "did you mean 'euler_maruyama'"),
     "corrector": (pc_sample, {"corrector": "langvin"}, "unknown corrector 'langvin': did you mean 'langevin'"),
     "corrector_steps": (pc_sample, {"corrector_steps": 0}, "corrector_steps must be at least 1"),
+    "snr without a corrector": (pc_sample, {"snr": -0.1, "corrector": "none"}, "snr must be a finite number > 0"),
+    "class": (sample, {"sde": VPSDE}, r"sde must be a process, not its class: VPSDE\(\)"),
     "snr": (pc_sample, {"snr": -0.1}, "snr must be a finite number > 0, got -0.1"),
 }
 

@@ -83,7 +83,10 @@ def test_transition_composes_and_reaches_the_marginal(sde):
 
 
 def test_transition_of_a_tiny_step_keeps_its_digits():
-    """sigma_u^2 - a^2 sigma_t^2 would lose them all; g^2 h is what is left."""
+    """sigma_u^2 - a^2 sigma_t^2 would lose them all; g^2 h is what is left. Nor does a float32 time lose them."""
+    single = torch.tensor(0.5), torch.tensor(0.500001)
+    double = (t.double() for t in single)
+    assert float(VPSDE().transition(*single)[1]) == pytest.approx(float(VPSDE().transition(*double)[1]), rel=1e-6)
     sde, t, h = VPSDE(), 0.5, 1e-9
     assert float(sde.transition(t, t + h)[1]) == pytest.approx(float(sde.diffusion(t)) * h**0.5, rel=1e-5)
 
@@ -160,6 +163,29 @@ def test_a_constant_alpha_may_be_a_number():
     torch.testing.assert_close(Constant().diffusion(t) ** 2, 2 * (0.1 + t))
 
 
+def test_a_mixin_may_bring_alpha():
+    class Scale:
+        def alpha(self, t):
+            return torch.exp(-t)
+
+    class Mixed(Scale, SDE):
+        def sigma(self, t):
+            return torch.sqrt(1 - torch.exp(-2 * t))
+
+    assert float(Mixed().alpha(0.5)) == pytest.approx(math.exp(-0.5))
+    assert float(Mixed().diffusion(0.5)) == pytest.approx(2**0.5)
+
+
+class Hole(SDE):
+    """Not a process: alpha is not a number at one time."""
+
+    def alpha(self, t):
+        return torch.where(t == 0.5, math.nan, 1.0 - 0.5 * t)
+
+    def sigma(self, t):
+        return t + 0.1
+
+
 def test_noise_that_shrinks_is_refused():
     class Backwards(SDE):
         def alpha(self, t):
@@ -186,6 +212,13 @@ def test_noise_that_shrinks_is_refused():
         (lambda: HeatODE(lambda t: t - 1), "not negative"),
         (lambda: HeatODE(lambda t: t + 1), r"sigma\(0\) = 0, got 1"),
         (lambda: HeatODE(lambda t: t * 1e-5), "far above 0.002"),
+        (lambda: HeatODE(lambda t: math.sinh(t)), "sigma must map a float64 tensor by torch operations"),
+        (lambda: HeatODE(lambda t: torch.from_numpy(np.sinh(t.numpy()))), "sigma must map a float64 tensor by torch"),
+        (lambda: VPSDE().sigma(-1e-7), r"t must lie in \[0, 1\]"),
+        (lambda: VPSDE().marginal(torch.full((2, 3), 100), torch.tensor([0.2, 0.2])), "x must be a floating tensor"),
+        (lambda: VPSDE().perturb(torch.full((2, 3), 100), 0.1, seed=0), "x0 must be floating, got torch.int64"),
+        (lambda: VPSDE().denoise(torch.ones(2, 1), 0.1, lambda x, t: x[:1]), r"score must return x's shape \(2, 1\)"),
+        (lambda: Hole().drift(torch.ones(2), 0.5), "alpha or sigma has no finite logarithm or slope at t = 0.5"),
         (lambda: VPSDE().alpha(1.5), r"t must lie in \[0, 1\], got 1.5"),
         (lambda: VPSDE().drift(torch.ones(2), torch.tensor([0.1, -0.1])), r"t must lie in \[0, 1\]"),
         (lambda: VPSDE().alpha("0.5"), "t must be a float"),

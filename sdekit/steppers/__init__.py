@@ -1,6 +1,6 @@
 """Step rules: one step from t to s of any system, and what they are put together from."""
 
-from sdekit.steppers.base import StepRule, as_rule, chain, repeat, stay, step_rule
+from sdekit.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay, step_rule
 from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
 from sdekit.steppers.exponential import ddim, dpmpp_2m
 from sdekit.steppers.langevin import langevin
@@ -9,6 +9,7 @@ __all__ = [
     "RULES",
     "StepRule",
     "as_rule",
+    "at_end",
     "chain",
     "ddim",
     "dpmpp_2m",

@@ -79,3 +79,12 @@ def repeat(rule: StepRule, times: int) -> StepRule:
         return x, state
 
     return StepRule(step, times * rule.evaluations, rule.order, rule.nodes)
+
+
+def at_end(rule: StepRule) -> StepRule:
+    """A corrector at s instead of t."""
+
+    def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        return rule(system, x, s, s, noise, state)
+
+    return StepRule(step, rule.evaluations, rule.order)

@@ -25,9 +25,14 @@ def ddim(eta: float = 0.0) -> StepRule:
     @step_rule()
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         n_t, n_s = system.at(t, x), system.at(s, x)
-        r = (n_t.alpha * n_s.sigma) / (n_s.alpha * n_t.sigma)
-        w = eta * n_s.sigma * ((1 - r) * (1 + r)) ** 0.5 if eta else 0.0
-        scale, left = n_s.alpha / n_t.alpha, (n_s.sigma**2 - w**2) ** 0.5
+        w, left = 0.0, n_s.sigma
+        if eta:
+            if s > t:
+                raise ValueError(f"ddim with eta = {eta:g} adds noise, which holds backwards in time only; use eta = 0")
+            r = (n_t.alpha * n_s.sigma) / (n_s.alpha * n_t.sigma)
+            fresh = (1 - r) * (1 + r)  # the share of the variance that the forward step from s to t adds
+            w, left = eta * n_s.sigma * fresh**0.5, n_s.sigma * (r**2 + (1 - eta**2) * fresh) ** 0.5
+        scale = n_s.alpha / n_t.alpha
         x_s = combine(scale, x, scale * n_t.sigma**2 - left * n_t.sigma, system.score(x, n_t.time))
         return (x_s + w * noise.normal() if eta else x_s), state
 

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.score import PREDICTIONS, prediction_target
-from sdekit.sde import SDE, expand
+from sdekit.sde import SDE
+from sdekit.system import expand
 from sdekit.training.ema import EMA
 
 CHECK_EVERY = 50  # steps between looks at the loss: looking waits for the device

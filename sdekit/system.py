@@ -1,0 +1,84 @@
+"""What a solver can integrate, and the border where time and coefficients get their shapes."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Time = float | Tensor
+
+
+def float64(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device: Apple's mps has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_time(t: Any, T: float) -> Tensor:
+    """t (float, 0-d or (B,) tensor) in [0, T] as a float64 tensor; the border where time enters."""
+    if isinstance(t, Tensor):
+        if t.dtype == torch.bool or t.is_complex():
+            raise TypeError(f"t must be a real tensor, got {t.dtype}")
+        if t.ndim > 1:
+            raise ValueError(f"t must be a float, a 0-d or a (B,) tensor, got shape {tuple(t.shape)}")
+        time = t.to(float64(t.device))
+    elif isinstance(t, numbers.Real) and not isinstance(t, bool):
+        time = torch.tensor(float(t), dtype=torch.float64)
+    else:
+        raise TypeError(f"t must be a float, a 0-d or a (B,) tensor, got {type(t).__name__}")
+    if time.device.type != "cpu":
+        return time  # looking at the values would wait for the device
+    try:
+        inside = bool(((time >= 0) & (time <= T * (1 + 1e-6))).all())  # a float32 time may lie a rounding beyond T
+    except RuntimeError:
+        return time  # inside vmap the values cannot be looked at
+    if not inside:
+        raise ValueError(f"t must lie in [0, {T:g}], got {time.min():g} ... {time.max():g}")
+    return time
+
+
+def expand(c: Tensor, x: Tensor) -> Tensor:
+    """A coefficient of shape () or (B,) in the form that multiplies x of shape (B, *event).
+
+    The one broadcast rule: a (B,) coefficient gets one trailing axis per axis of the event.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, got {x.dtype}; convert with .float() or .double()")
+    if c.ndim == 0:
+        return c
+    if c.shape[0] != x.shape[0]:
+        raise ValueError(f"t has {c.shape[0]} entries for a batch of {x.shape[0]}; pass one time, or one per sample")
+    return c.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
+
+
+class System:
+    """Anything a solver can integrate: ``dx = drift(x, t) dt + diffusion(t) dW``, in either direction of time."""
+
+    churn: float = 1.0  # 0 means that diffusion is zero and no noise need be drawn
+    nfe: int = 0  # network evaluations so far
+    backwards_only: bool = False  # True where the equation means something in decreasing time alone
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The times that a solver may visit."""
+        return -math.inf, math.inf
+
+    def drift(self, x: Tensor, t: Time) -> Tensor:
+        """The drift, like x."""
+        raise NotImplementedError(f"{type(self).__name__} needs drift(x, t)")
+
+    def diffusion(self, t: Time) -> Any:
+        """The diffusion: a number, or a tensor of t's shape."""
+        raise NotImplementedError(f"{type(self).__name__} needs diffusion(t)")
+
+    def at(self, t: Time, x: Tensor) -> Any:
+        """The process at t, for step rules on alpha, sigma and the score; only a reverse system has one."""
+        raise TypeError(f"this step rule needs a score: give it sde.reverse(score), not {type(self).__name__}")
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> None:
+        """Told before a loop which times it will visit, so that one vectorised call can serve them all."""
+
+    def settle(self) -> None:
+        """Told after a loop, to raise what was not worth waiting for the device at every step."""
