@@ -161,6 +161,14 @@ def test_a_given_grid_and_a_budget():
         sample(sde, score, (2,), "ddim", grid=grid, nfe=10, seed=0)
 
 
+def test_the_prior_is_that_of_the_grids_first_time(named):
+    """PITFALL 1: a solver that starts below T draws sigma there, not sigma(T). 6 standard errors: p < 2e-9."""
+    n, t = 20_000, 0.5 * named.T
+    grid = torch.tensor([t, 0.4 * named.T], dtype=torch.float64)
+    x = sample(named, gaussian_score(named), (n,), RULES["none"], grid=grid, seed=0, denoise=False)
+    assert abs(float(x.std()) / float(named.sigma(t)) - 1) < 6 / math.sqrt(2 * n)
+
+
 def test_default_steps_follow_the_noise():
     sde = VPSDE()
     for name, steps in (("ancestral", 1000), ("euler_maruyama", 1000), ("ddim", 50), ("dpmpp_2m", 50)):

@@ -186,6 +186,14 @@ class Hole(SDE):
         return t + 0.1
 
 
+def test_devices_without_float64_get_float32():
+    """PITFALL 25: Apple's mps."""
+    from sdekit.system import float64
+
+    assert float64(torch.device("mps")) == torch.float32
+    assert float64(torch.device("cpu")) == torch.float64
+
+
 def test_noise_that_shrinks_is_refused():
     class Backwards(SDE):
         def alpha(self, t):
