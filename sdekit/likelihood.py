@@ -10,9 +10,9 @@ from sdekit import _checks
 from sdekit.adaptive import adaptive, rms
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
-from sdekit.score import Score
 from sdekit.sde import SDE
 from sdekit.solution import SolverError
+from sdekit.system import Score
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise import Noise
-from sdekit.score import Score
 from sdekit.sde import SDE
-from sdekit.system import Time, as_time
+from sdekit.system import Score, Time, as_time
 
 
 class GaussianMixture:

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.score import CountedScore, Score, batch_time, refuse_zero_terminal_snr, solver_time
-from sdekit.sde import SDE
-from sdekit.system import System, Time, as_time, expand
+from sdekit.system import Process, Score, System, Time, as_time, expand, float64
 
 
 class Node(NamedTuple):
@@ -31,9 +29,9 @@ class Reverse(System):
     Raises ValueError for churn < 0 and for a process with zero terminal SNR.
     """
 
-    def __init__(self, sde: SDE, score: Score, churn: float = 1.0) -> None:
+    def __init__(self, sde: Process, score: Score, churn: float = 1.0) -> None:
         self.churn = _checks.positive(churn, "churn", zero=True)
-        refuse_zero_terminal_snr(sde)
+        sde.require_signal_at_T()
         self.sde, self.score = sde, CountedScore(score)
         self._nodes: dict[float, Node] = {}
 
@@ -53,10 +51,10 @@ class Reverse(System):
         return self.sde.t_min, self.sde.T
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
-        """Tabulate the coefficients at all times of a loop in one vectorised call."""
-        c = self.sde.coefficients(torch.tensor(times, dtype=torch.float64))
-        columns: list[list[Any]] = [y.tolist() for y in (*c, c.alpha.log() - c.sigma.log())]
-        columns.append(list(torch.tensor(times, dtype=torch.float64).unbind()))
+        """Tabulate the process at all times of a loop in one vectorised call."""
+        time = torch.tensor(times, dtype=torch.float64)
+        columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
+        columns.append(list(time.unbind()))
         self._nodes = dict(zip(times, map(Node._make, zip(*columns, strict=True)), strict=True))
 
     def settle(self) -> None:
@@ -66,14 +64,19 @@ class Reverse(System):
     def at(self, t: Time, x: Tensor) -> Node:
         """The process at t: from the table on a grid, computed anywhere else."""
         if isinstance(t, float):
-            if t not in self._nodes:
-                alpha, sigma, f, g2 = (float(y) for y in self.sde.coefficients(t))
-                return Node(alpha, sigma, f, g2, float(self.sde.half_log_snr(t)), solver_time(t))
-            return self._nodes[t]
+            node = self._nodes.get(t)
+            return self._scalar_node(t) if node is None else node
         time = as_time(t, self.sde.T)
-        c = self.sde.coefficients(time)
         given = time if time.ndim == 0 else batch_time(time, x)
-        return Node._make([*(expand(y, x) for y in (*c, c.alpha.log() - c.sigma.log())), given])
+        return Node._make([*(expand(y, x) for y in self._row(time)), given])
+
+    def _scalar_node(self, t: float) -> Node:
+        time = torch.tensor(t, dtype=torch.float64)
+        return Node._make([*(float(y) for y in self._row(time)), time])
+
+    def _row(self, time: Tensor) -> list[Tensor]:
+        c = self.sde.coefficients(time)
+        return [*c, c.alpha.log() - c.sigma.log()]
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
         """f x - (1 + churn^2)/2 g^2 score(x, t); one evaluation."""
@@ -81,11 +84,12 @@ class Reverse(System):
         return combine(n.f, x, -0.5 * (1 + self.churn**2) * n.g2, self.score(x, n.time))
 
     def diffusion(self, t: Time) -> Any:
-        """churn g(t): a float for a float, else a tensor of t's shape."""
+        """churn g(t): a float for a float, else a tensor of t's shape and dtype."""
         if isinstance(t, float):
             node = self._nodes.get(t)
-            return self.churn * (float(self.sde.diffusion(t)) if node is None else node.g2**0.5)
-        return self.churn * self.sde.diffusion(t)
+            return self.churn * (self._scalar_node(t) if node is None else node).g2 ** 0.5
+        g = self.churn * self.sde.coefficients(t).g2.sqrt()
+        return g.to(t.dtype) if t.is_floating_point() else g
 
     def predict(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """(E[x_0|x_t], E[eps|x_t]) with x = alpha x_0 + sigma eps; one evaluation."""
@@ -101,3 +105,49 @@ class Reverse(System):
 def combine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     """a x + b y, in one pass less where b is a number."""
     return torch.add(a * x, y, alpha=b) if isinstance(b, float) else a * x + b * y
+
+
+class CountedScore:
+    """A score as the solvers see it: every evaluation is counted, bounded by a budget, and checked.
+
+    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
+    that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
+    at once for per-sample times and within 64 evaluations otherwise (looking at every value would
+    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
+    """
+
+    def __init__(self, score: Score, budget: int | None = None) -> None:
+        if not callable(score):
+            raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
+        self.score, self.budget, self.nfe = score, budget, 0
+        self._watched: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The checked score, in x's dtype; one evaluation."""
+        if self.nfe == self.budget:
+            raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
+        self.nfe += 1
+        out = self.score(x, t)
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
+        self._watched.append((t, out.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32)))
+        if t.ndim == 1 or len(self._watched) == 64:
+            self.check()
+        return out
+
+    def check(self) -> None:
+        """Raise FloatingPointError if an evaluation since the last check was not finite."""
+        watched, self._watched = self._watched, []
+        if watched and not torch.isfinite(torch.stack([total for _, total in watched])).all():
+            t = next(t for t, total in watched if not torch.isfinite(total))
+            at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
+            raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
+
+
+def batch_time(t: Tensor, x: Tensor) -> Tensor:
+    """Per-sample times on x's device in its widest dtype."""
+    return t.to(x.device, float64(x.device))

@@ -11,7 +11,6 @@ from sdekit import _checks, backends
 from sdekit.grids import Grid, make_grid
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
-from sdekit.score import Score
 from sdekit.sde import SDE
 from sdekit.solution import Callback, SolverError
 from sdekit.solve import ADAPTIVE, solve
@@ -29,6 +28,7 @@ from sdekit.steppers import (
     rk4,
     stay,
 )
+from sdekit.system import Score
 
 
 @dataclass(frozen=True)

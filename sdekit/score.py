@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from sdekit import _checks
 from sdekit.sde import SDE
-from sdekit.system import as_time, expand, float64
-
-Score = Callable[[Tensor, Any], Tensor]
+from sdekit.system import as_time, expand
 
 
 class _Schedule:
@@ -114,65 +112,5 @@ def as_score(
     """
     if not callable(network):
         raise TypeError(f"network must be a callable (x, t) -> tensor, got {type(network).__name__}")
-    refuse_zero_terminal_snr(sde)
+    sde.require_signal_at_T()
     return NetworkScore(network, sde, predicts, time or (lambda t: t))
-
-
-def refuse_zero_terminal_snr(sde: SDE) -> None:
-    """Raise where alpha(T) = 0: every formula through the score would divide by it."""
-    if float(sde.alpha(sde.T)) <= 1e-12:
-        raise ValueError(
-            f"{type(sde).__name__} has zero terminal SNR, alpha(T) = {float(sde.alpha(sde.T)):g} at T = {sde.T:g}: "
-            f"x_0 cannot be told from the score there; set T a little lower (for example T = {0.999 * sde.T:g})"
-        )
-
-
-class CountedScore:
-    """A score as the solvers see it: every evaluation is counted, bounded by a budget, and checked.
-
-    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
-    that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
-    at once for per-sample times and within 64 evaluations otherwise (looking at every value would
-    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
-    """
-
-    def __init__(self, score: Score, budget: int | None = None) -> None:
-        if not callable(score):
-            raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
-        self.score, self.budget, self.nfe = score, budget, 0
-        self._watched: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The checked score, in x's dtype; one evaluation."""
-        if self.nfe == self.budget:
-            raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
-        self.nfe += 1
-        out = self.score(x, t)
-        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
-            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
-        if out.dtype != x.dtype:
-            out = out.to(x.dtype)
-        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
-        self._watched.append((t, out.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32)))
-        if t.ndim == 1 or len(self._watched) == 64:
-            self.check()
-        return out
-
-    def check(self) -> None:
-        """Raise FloatingPointError if an evaluation since the last check was not finite."""
-        watched, self._watched = self._watched, []
-        if watched and not torch.isfinite(torch.stack([total for _, total in watched])).all():
-            t = next(t for t, total in watched if not torch.isfinite(total))
-            at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
-            raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
-
-
-def solver_time(t: float) -> Tensor:
-    """The time a score is given on a fixed grid: a CPU float64 scalar, exact and free of promotion."""
-    return torch.tensor(t, dtype=torch.float64)
-
-
-def batch_time(t: Tensor, x: Tensor) -> Tensor:
-    """Per-sample times on x's device in its widest dtype."""
-    return t.to(x.device, float64(x.device))

@@ -6,29 +6,15 @@ Time runs from data (t = 0) to noise (t = T), and  x_t | x_0 ~ N(alpha(t) x_0, s
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise import Noise
-from sdekit.system import System, Time, as_time, expand
-
-if TYPE_CHECKING:
-    from sdekit.reverse import Reverse
-
-
-class Coefficients(NamedTuple):
-    """What a process is at time t: float64 tensors of t's shape.
-
-    ``f`` = d log(alpha)/dt, so that the drift is f x, and ``g2`` = d(sigma^2)/dt - 2 f sigma^2.
-    """
-
-    alpha: Tensor
-    sigma: Tensor
-    f: Tensor
-    g2: Tensor
+from sdekit.reverse import Reverse
+from sdekit.system import Coefficients, Score, System, Time, as_time, expand
 
 
 def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
@@ -201,20 +187,27 @@ class SDE(System):
         d = math.prod(x.shape[1:])
         return -0.5 * (x / std).square().reshape(x.shape[0], -1).sum(1) - d * math.log(std * math.sqrt(2 * math.pi))
 
-    def reverse(self, score: Callable[[Tensor, Any], Tensor], churn: float = 1.0) -> "Reverse":
+    def require_signal_at_T(self) -> None:
+        """Raise ValueError where alpha(T) = 0: every formula through the score would divide by it."""
+        if float(self.alpha(self.T)) <= 1e-12:
+            raise ValueError(
+                f"{type(self).__name__} has zero terminal SNR, alpha(T) = {float(self.alpha(self.T)):g} at "
+                f"T = {self.T:g}: x_0 cannot be told from the score there; set T a little lower "
+                f"(for example T = {0.999 * self.T:g})"
+            )
+
+    def reverse(self, score: Score, churn: float = 1.0) -> Reverse:
         """The reverse family  dx = [f x - (g^2 + nu^2)/2 score] dt + nu dW,  nu = churn g,  dt < 0.
 
         churn 1 is Anderson's reverse SDE, 0 the probability-flow ODE; all have the marginals p_t.
         """
-        from sdekit.reverse import Reverse  # the reverse family is built on processes, not the other way round
-
         return Reverse(self, score, churn)
 
-    def probability_flow(self, score: Callable[[Tensor, Any], Tensor]) -> "Reverse":
+    def probability_flow(self, score: Score) -> Reverse:
         """The probability-flow ODE  dx/dt = f x - g^2/2 score  (Song et al. 2021, eq. 13)."""
         return self.reverse(score, churn=0.0)
 
-    def denoise(self, x: Tensor, t: Time, score: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    def denoise(self, x: Tensor, t: Time, score: Score) -> Tensor:
         """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
         time = as_time(t, self.T)
         alpha, sigma = expand(self.alpha(time), x), expand(self.sigma(time), x)

@@ -2,13 +2,14 @@
 
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Time = float | Tensor
+Score = Callable[[Tensor, Any], Tensor]  # (x, t) -> grad log p_t(x), like x; t is 0-d or (B,)
 
 
 def float64(device: torch.device) -> torch.dtype:
@@ -82,3 +83,28 @@ class System:
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""
+
+
+class Coefficients(NamedTuple):
+    """What a process is at time t: float64 tensors of t's shape.
+
+    ``f`` = d log(alpha)/dt, so that the drift is f x, and ``g2`` = d(sigma^2)/dt - 2 f sigma^2.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    f: Tensor
+    g2: Tensor
+
+
+class Process(Protocol):
+    """What the reverse family needs of a process; :class:`sdekit.SDE` is one."""
+
+    T: float
+    t_min: float
+
+    def coefficients(self, t: Any) -> Coefficients:
+        """alpha, sigma, f and g^2 at t."""
+
+    def require_signal_at_T(self) -> None:
+        """Raise ValueError where alpha(T) = 0."""

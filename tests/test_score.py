@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sdekit import SDE, VPSDE, as_score, pc_sample, sample
-from sdekit.score import PREDICTIONS, CountedScore, prediction_target
+from sdekit.reverse import CountedScore
+from sdekit.score import PREDICTIONS, prediction_target
 from tests.conftest import gaussian_score
 
 X = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(3, 2, 2)
