@@ -30,8 +30,8 @@ class Problem:
     metric: str
 
 
-def digits() -> Problem:
-    sde, score = load_pretrained("digits")
+def digits(checkpoint: Path | None) -> Problem:
+    sde, score = load_pretrained("digits") if checkpoint is None else load_score(checkpoint, (1, 8, 8))
     extractor = load_feature_extractor("digits")
     return Problem(load_digits()[0], sde, score, extractor, "Fréchet distance (digits features)")
 
@@ -49,9 +49,7 @@ def fashion_mnist(data: Path, checkpoint: Path | None, train_steps: int, out: Pa
             network = build("UNet", channels_in=1, width=32, multipliers=(1, 2, 2))
             network = train(network, VPSDE(), images, steps=train_steps, batch=64, lr=1e-3, progress=True).network
             save_checkpoint(checkpoint, network, VPSDE(), "v", event=(1, 28, 28), data_range=(-1.0, 1.0))
-    sde, score = load_checkpoint(checkpoint)
-    if score.event not in (None, (1, 28, 28)):
-        raise SystemExit(f"--checkpoint {checkpoint} is for images of shape {score.event}, not (1, 28, 28)")
+    sde, score = load_score(checkpoint, (1, 28, 28))
     cache = out / "fashion-mnist-features.safetensors"
     if not cache.is_file():
         print("features: a small classifier is trained on the data set's labels, once")
@@ -62,10 +60,23 @@ def fashion_mnist(data: Path, checkpoint: Path | None, train_steps: int, out: Pa
     return Problem(images[:10000], sde, score, extractor, "Fréchet distance (fashion-mnist classifier features)")
 
 
+def load_score(checkpoint: Path, event: tuple[int, ...]) -> tuple[SDE, NetworkScore]:
+    """The score of a file, which must be for images of shape ``event`` if it says what it is for."""
+    sde, score = load_checkpoint(checkpoint)
+    if score.event not in (None, event):
+        raise SystemExit(f"--checkpoint {checkpoint} is for images of shape {score.event}, not {event}")
+    return sde, score
+
+
 def with_inception(problem: Problem, weights: Path) -> Problem:
     """The same problem, measured in InceptionV3's features: the FID."""
     extractor = inception_extractor(weights)
-    problem.extractor = lambda images: extractor(images.expand(-1, 3, -1, -1))  # grey, three times
+
+    def features(images: Tensor) -> Tensor:
+        levels = ((images + 1) * 127.5).round() / 127.5 - 1  # the FID is that of 8-bit images
+        return extractor(levels.expand(-1, 3, -1, -1))  # grey, three times
+
+    problem.extractor = features
     problem.metric = "FID (InceptionV3, pytorch-fid weights)"
     return problem
 

@@ -22,6 +22,6 @@ print(f"mean log-likelihood of data: {likelihood.log_prob.mean():.3f} nats, {lik
 
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharex=True, sharey=True, layout="constrained")
 for axis, (name, x) in zip(axes, draws.items(), strict=True):
-    axis.scatter(*x.T, c=data.log_prob(x), s=4, cmap="viridis", vmin=-8, vmax=0)
+    axis.scatter(*x.T.numpy(), c=data.log_prob(x).numpy(), s=4, cmap="viridis", vmin=-8, vmax=0)
     axis.set(title=name, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
 figure.savefig("quickstart.png", dpi=120)

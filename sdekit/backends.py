@@ -20,7 +20,10 @@ def _torchdiffeq(system: System, x: Tensor, grid: Tensor, method: str, rtol: flo
     times = grid.to(x.device, x.dtype) if x.device.type == "mps" else grid.to(x.device)
 
     def rhs(t: Tensor, y: Tensor) -> Tensor:
-        return system.drift(y, _inside(float(t), grid))
+        try:
+            return system.drift(y, _inside(float(t), grid))
+        except AssertionError as error:  # the score's own, not the back-end's
+            raise RuntimeError(f"the score failed: {error}") from error
 
     try:
         return torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method)[-1]

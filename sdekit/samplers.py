@@ -58,6 +58,8 @@ def predictor_corrector(
     correct = repeat(langevin(snr), _checks.count(corrector_steps, "corrector_steps"))
     if _checks.lookup({"langevin": True, "none": False}, corrector, "corrector"):
         rule = at_end(correct) if rule is stay else chain(correct, rule)
+    elif rule is stay:
+        raise ValueError("predictor and corrector are both 'none': nothing would move x; name one of them")
     return Sampler(rule, churn=1.0, steps=1000)
 
 

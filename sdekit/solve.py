@@ -84,8 +84,8 @@ def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
     if times.ndim != 1 or times.numel() < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
         raise ValueError(f"grid must be at least two times, all increasing or all decreasing, got {times.tolist()[:8]}")
     low, high = system.interval
-    slack = 1e-6 * high  # a float32 grid may lie a rounding beyond the ends
-    if times.min() < low * (1 - 1e-6) or times.max() > high + slack:
+    # A float32 grid may lie a rounding beyond the ends.
+    if times.min() < low - 1e-6 * abs(low) or times.max() > high + 1e-6 * abs(high):
         ends = f"[{float(times.min()):g}, {float(times.max()):g}]"
         raise ValueError(f"grid must lie in [{low:g}, {high:g}] for {type(system).__name__}, got {ends}")
     if system.backwards_only and steps[0] > 0:

@@ -60,6 +60,12 @@ def test_a_backend_that_gives_up_is_a_status():
     assert torch.isnan(out.x).all()
     assert "gave up" in out.hint
     assert "underflow in dt" in out.hint
+
+    def asserts(x, t):
+        raise AssertionError("a user's own")
+
+    with pytest.raises(RuntimeError, match="the score failed: a user's own"):
+        solve(VPSDE().probability_flow(asserts), torch.ones(2), [1.0, 0.5], "torchdiffeq:dopri5")
     with pytest.raises(ZeroDivisionError):  # the score's own failure is not the back-end's
         solve(VPSDE().probability_flow(lambda x, t: 1 / 0), torch.ones(2), [1.0, 0.5], "torchdiffeq:dopri5")
 

@@ -128,6 +128,16 @@ def test_trajectory_and_callback():
     assert solve(system, x, torch.linspace(80, 1, 3), "ddim").trajectory is None
 
 
+def test_an_interval_may_lie_anywhere():
+    class Early(Nothing):
+        interval = (-2.0, -1.0)
+
+    x = torch.zeros(1, dtype=torch.float64)
+    assert float(solve(Early(), x, [-2.0, -1.5, -1.0], clock).x) == 1.0
+    with pytest.raises(ValueError, match=r"grid must lie in \[-2, -1\] for Early"):
+        solve(Early(), x, [-2.0, -0.5], clock)
+
+
 def test_a_rule_that_needs_a_score_says_so():
     for rule in ("ddim", "dpmpp_2m", "reverse_diffusion", "ancestral"):
         with pytest.raises(TypeError, match=r"needs a score: give it sde.reverse\(score\), not VPSDE"):

@@ -1,8 +1,10 @@
 """The README shows real code, and the examples run."""
 
 import ast
+import csv
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,29 @@ def test_small_things_are_small():
     methods = [n for n in process.body if isinstance(n, ast.FunctionDef)]
     assert [m.name for m in methods] == ["alpha", "sigma"]
     assert all(len(m.body) == 1 for m in methods)
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- table:(\w+) -->", README))
+def test_tables_shown_are_the_results(name):
+    """Every number of a table in the README stands in the CSV that the benchmark wrote."""
+    lines = re.search(rf"<!-- table:{name} -->\n\n((?:\|.*\n)+)", README)
+    assert lines is not None, "no table follows the marker"
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open(encoding="utf-8")))
+    shown = [line.strip("| ").split("|") for line in lines[1].splitlines()[2:]]
+    assert len(shown) == len({row["sampler"] for row in rows})
+    for cells in shown:
+        label, *values = (cell.strip() for cell in cells)
+        kind = "real" if label.startswith("real") else label
+        mine = [row for row in rows if row["sampler"] == kind]
+        if name == "overhead":
+            expected = [f"{float(v):.2f}" for k, v in mine[0].items() if k.startswith("ratio")]
+            assert [v for v in values if re.fullmatch(r"[\d.]+", v)][-2:] == expected
+        else:
+            means = {}
+            for row in mine:
+                means.setdefault(row["budget"], []).append(float(row["distance"]))
+            expected = [f"{statistics.mean(v):.3g} ± {statistics.stdev(v):.2g}" for v in means.values()]
+            assert [v for v in values if v] == expected
 
 
 def test_linked_files_exist():

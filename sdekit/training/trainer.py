@@ -56,7 +56,8 @@ def train(
     low discrepancy, to t. AdamW with gradients clipped to norm ``clip``; ``lr`` rises over ``warmup`` steps and
     then falls as a cosine to 0 or stays ("constant"). ``ema``: see :class:`sdekit.training.ema.EMA`.
     ``seed`` fixes the data order, times and noise (the network brings its own first weights, see
-    :func:`sdekit.training.networks.build`); the global RNG is not touched.
+    :func:`sdekit.training.networks.build`); the global RNG is not touched,
+    unless the network itself draws from it (dropout).
     ``device``: cuda if there is one, else the CPU.
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a loss that is not finite.

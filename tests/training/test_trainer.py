@@ -174,3 +174,28 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         train(build("MLP"), VPSDE(), gaussian_data(10), **({"steps": 1} | arguments))
+
+
+class Level(torch.nn.Module):
+    """One number for all x and t; Adam moves it by the rate of each step while its target is far."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t):
+        return x * 0 + self.level
+
+
+def travelled(**options):
+    network = Level()
+    train(network, VPSDE(), torch.full((8, 1), 1e4), predicts="x0", lr=1e-2, batch=8, seed=0, device="cpu", **options)
+    return float(network.level.detach()) / 1e-2
+
+
+def test_learning_rate_and_clipping_are_what_they_say():
+    """The way of one weight is the sum of the rates."""
+    assert travelled(steps=40, warmup=0, schedule="constant") == pytest.approx(40, rel=0.01)
+    assert travelled(steps=40, warmup=0, schedule="cosine") == pytest.approx(20.5, rel=0.01)
+    assert travelled(steps=40, warmup=40, schedule="constant") == pytest.approx(20, rel=0.01)
+    assert travelled(steps=40, warmup=0, schedule="constant", clip=1e-12) < 0.01  # far below Adam's epsilon
