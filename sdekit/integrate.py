@@ -27,9 +27,10 @@ def integrate(
     ``keep`` states (evenly spaced steps, both ends) make the trajectory, whatever the number of steps.
     """
     times: list[float] = grid.tolist()
-    nfe, state, steps = system.nfe, None, len(times) - 1
+    nfe, steps = system.nfe, len(times) - 1
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
     system.prepare(times + between, x)
+    state = rule.begin(system, times)
     if keep > steps + 1:
         raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)

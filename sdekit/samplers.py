@@ -76,6 +76,7 @@ SAMPLERS: dict[str, Sampler] = {
     "rk4": Sampler(rk4, grid="karras"),
     "ddim": Sampler(RULES["ddim"], grid="quadratic"),
     "dpmpp_2m": Sampler(dpmpp_2m, grid="log_snr"),
+    **{name: Sampler(RULES[name], grid="log_snr") for name in ("dpmpp_3m", "dpm_solver_3m", "deis", "unipc_2")},
 }
 
 

@@ -166,8 +166,8 @@ def test_weak_order_by_exact_propagation(sde, rule, churn, order):
         m, v = oracle.propagate(sde.reverse(score, churn), rule, grid, m0, v0**0.5, rows=n)
         errors.append(max(abs(m - moments(end)[0]) / m0, abs(v - moments(end)[1]) / moments(end)[1]))
     assert errors[1] < 0.05
-    if errors[1] < 1e-9:
-        return  # exact to rounding: there is no slope to measure
+    if errors[1] < 1e-6:
+        return  # far below what the claim asks for (1e-3 at order 1, 1e-5 at 2): its sign changes there
     assert math.log2(errors[0] / errors[1]) > order - 0.15
 
 

@@ -110,12 +110,12 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(sde, divergence):
 
 
 def test_density_error_is_not_diluted_by_the_state(digits64):
-    """PITFALL 20: at loose tolerance the error in nats stays near what 64 exact-state dimensions cannot hide."""
+    """PITFALL 20: at tolerance 1e-3 the mean error is .044 nats; with the density as one of 65 numbers it is .093."""
     sde, (_, mixture) = VPSDE(), digits64
     x = sde.perturb(mixture.sample(16, seed=0, dtype=torch.float64), sde.t_min, seed=1)
     exact, at_T = mixture.at(sde, sde.t_min).log_prob(x), mixture.at(sde, sde.T).log_prob
-    out = log_likelihood(sde, mixture.score(sde), x, rtol=1e-5, atol=1e-5, prior_log_prob=at_T)
-    assert float((out.log_prob - exact).abs().mean()) < 0.004
+    out = log_likelihood(sde, mixture.score(sde), x, rtol=1e-3, atol=1e-3, prior_log_prob=at_T)
+    assert float((out.log_prob - exact).abs().mean()) < 0.065
 
 
 def test_vector_jacobian_products_are_chunked(monkeypatch):

@@ -12,6 +12,7 @@ from sdekit.steppers import RULES
 from tests.conftest import NAMED
 
 STEPS = (80, 160, 320)
+FINER = (160, 320, 640)  # for the multistep methods, whose slope settles later
 # Every rule that solves the flow: "none" stays where it is, "ancestral" has noise of its own.
 ODE_RULES = {name: rule for name, rule in RULES.items() if name not in ("none", "ancestral")}
 
@@ -58,12 +59,12 @@ def test_order_on_every_process(digits64, exact_flow, rule, name):
         y = y * float(torch.exp(-lam[0])) / np.exp(4.0)
         ref = torch.from_numpy(g.flow(y.numpy(), float(torch.exp(-lam[0])), np.exp(-3.0), rtol=1e-11, atol=1e-12))
     system = sde.probability_flow(digits64[1].score(sde))
-    errors = []
-    for n in STEPS:
+    errors, counts = [], FINER if RULES[rule].order > 2 and RULES[rule].evaluations == 1 else STEPS
+    for n in counts:
         grid = sde.inverse_half_log_snr(torch.linspace(*lam.tolist(), n + 1, dtype=torch.float64))
         x = solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1])
         errors.append(typical(x, ref))
-    assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
+    assert slope(counts, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
 
 
 @pytest.mark.parametrize("predicts", ["score", "eps", "x0", "v"])

@@ -4,6 +4,7 @@ from sdekit.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay,
 from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
 from sdekit.steppers.exponential import ddim, dpmpp_2m
 from sdekit.steppers.langevin import langevin
+from sdekit.steppers.multistep import multistep
 
 __all__ = [
     "RULES",
@@ -16,6 +17,7 @@ __all__ = [
     "euler_maruyama",
     "heun",
     "langevin",
+    "multistep",
     "repeat",
     "reverse_diffusion",
     "rk4",
@@ -32,5 +34,9 @@ RULES: dict[str, StepRule] = {
     "heun": heun,
     "rk4": rk4,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": multistep(3),
+    "dpm_solver_3m": multistep(3, "eps"),
+    "deis": multistep(3, "eps", "karras"),
+    "unipc_2": multistep(2, corrector=True),
     "none": stay,
 }

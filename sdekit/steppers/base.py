@@ -23,12 +23,14 @@ class StepRule:
     ``evaluations``: network evaluations of one step, at most. ``order``: of the global error on an ODE.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
+    ``begin(system, times)``: makes the first state from the whole grid, where None is not enough.
     """
 
     step: Step
     evaluations: int = 1
     order: int = 1
     nodes: tuple[float, ...] = ()
+    begin: Callable[[Any, list[float]], Any] = lambda system, times: None
 
     def __call__(self, system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         """Take the step: (x at s, state)."""
@@ -61,12 +63,18 @@ def chain(first: StepRule, second: StepRule) -> StepRule:
     """
 
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        a, b = state or (None, None)
+        a, b = state
         x, a = first(system, x, t, s, noise, a)
         x, b = second(system, x, t, s, noise, b)
         return x, (a, b)
 
-    return StepRule(step, first.evaluations + second.evaluations, second.order, first.nodes + second.nodes)
+    return StepRule(
+        step,
+        first.evaluations + second.evaluations,
+        second.order,
+        first.nodes + second.nodes,
+        lambda system, times: (first.begin(system, times), second.begin(system, times)),
+    )
 
 
 def repeat(rule: StepRule, times: int) -> StepRule:
@@ -78,7 +86,7 @@ def repeat(rule: StepRule, times: int) -> StepRule:
             x, state = rule(system, x, t, s, noise, state)
         return x, state
 
-    return StepRule(step, times * rule.evaluations, rule.order, rule.nodes)
+    return StepRule(step, times * rule.evaluations, rule.order, rule.nodes, rule.begin)
 
 
 def at_end(rule: StepRule) -> StepRule:
