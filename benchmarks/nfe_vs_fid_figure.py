@@ -79,7 +79,8 @@ def draw(
     )
     left.grid(True, which="major", color="#dddddd", lw=0.6)
     left.set_axisbelow(True)
-    left.legend(frameon=False, ncols=2, fontsize=9, loc="upper right")
+    if left.get_legend_handles_labels()[0]:  # not where every sampler failed
+        left.legend(frameon=False, ncols=2, fontsize=9, loc="upper right")
     for side in ("top", "right"):
         left.spines[side].set_visible(False)
     _images(right, pictures, best)

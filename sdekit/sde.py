@@ -122,8 +122,8 @@ class SDE(System):
     def transition(self, t: Time, u: Time) -> tuple[Tensor, Tensor]:
         """Scale a and standard deviation s of  x_u | x_t ~ N(a x_t, s^2 I)  for t <= u.
 
-        a = alpha_u/alpha_t and s^2 = sigma_u^2 (1 - SNR_u/SNR_t), which is sigma_u^2 - a^2 sigma_t^2
-        without its cancellation. Raises ValueError where u < t.
+        a = alpha_u/alpha_t and s^2 = sigma_u^2 - a^2 sigma_t^2 = sigma_u^2 (1 - SNR_u/SNR_t), computed in float64
+        whatever t's dtype. Raises ValueError where u < t.
         """
         start, end = as_time(t, self.T), as_time(u, self.T)
         if bool((end < start).any()):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdekit import GaussianMixture, ode_sample, solve
 from sdekit.grids import make_grid
-from sdekit.steppers import RULES
+from sdekit.steppers import RULES, ddim
 from tests import oracle
 from tests.conftest import NAMED, PROCESSES, gaussian_score
 
@@ -188,6 +188,24 @@ def test_forwards_in_time_by_exact_propagation(sde, rule, order):
         errors.append(max(abs(m - moments(end)[0]), abs(v / moments(end)[1] - 1)))
     assert errors[1] < 0.05
     assert math.log2(errors[0] / errors[1]) > order - 0.15
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_exact_on_a_point_at_every_noise_and_step(sde, eta):
+    """For data that are one point, x_s ~ N(alpha_s x_0, sigma_s^2) exactly, however long the step and much the noise.
+
+    Order cannot tell sigma_t from sigma_s in the posterior's variance; this does.
+    """
+    point = 0.7
+
+    def score(x, t):
+        return -(x - sde.alpha(t) * point) / sde.sigma(t) ** 2
+
+    grid = make_grid(sde, "karras", 3)[:-1]
+    start = point * float(sde.alpha(sde.T)), float(sde.sigma(sde.T))
+    mean, var = oracle.propagate(sde.probability_flow(score), ddim(eta), grid, *start, rows=2)
+    assert mean == pytest.approx(point * float(sde.alpha(grid[-1])), rel=1e-8)
+    assert var == pytest.approx(float(sde.sigma(grid[-1])) ** 2, rel=1e-8)
 
 
 def test_churn_to_zero_is_the_flow(sde):

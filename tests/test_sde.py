@@ -82,8 +82,8 @@ def test_transition_composes_and_reaches_the_marginal(sde):
         sde.transition(u, t)
 
 
-def test_transition_of_a_tiny_step_keeps_its_digits():
-    """sigma_u^2 - a^2 sigma_t^2 would lose them all; g^2 h is what is left. Nor does a float32 time lose them."""
+def test_transition_of_a_tiny_step_in_any_dtype_of_time():
+    """g^2 h is what is left of sigma_u^2 - a^2 sigma_t^2; in the arithmetic of a float32 time it would be noise."""
     single = torch.tensor(0.5), torch.tensor(0.500001)
     double = (t.double() for t in single)
     assert float(VPSDE().transition(*single)[1]) == pytest.approx(float(VPSDE().transition(*double)[1]), rel=1e-6)
