@@ -1,7 +1,7 @@
 """How good are the samples after N network evaluations?
 
     python benchmarks/nfe_vs_fid.py            # the bundled digits, about three minutes on two cores
-    python benchmarks/nfe_vs_fid.py --full     # more samples and columns, the README's table: about half an hour
+    python benchmarks/nfe_vs_fid.py --full     # more samples and columns, the README's table: under twenty minutes
 
 Every sampler starts from the same noise per seed. The real images are split into two random halves per seed: samples,
 clamped to the images' range, are compared with one half; the floor compares as many images of the other half with it.

@@ -55,9 +55,9 @@ def test_density_solves_fokker_planck(name, seed, cut):
     torch.testing.assert_close(mixture.score(sde)(x.detach(), time), grad.detach(), rtol=1e-7, atol=1e-8)
 
 
-# Two-sample (here: sample against the exact law) tests. Each compares n draws, projected on a few directions, with the
-# exact distribution function. Massart's inequality bounds the false alarm of one projection at ALARM whatever n;
-# with 3 directions, 40 examples and fewer than 20 uses the whole suite is below 3e-8 * 2400 < 1e-4 * 1e-2 = 1e-6 / use.
+# Each of these compares n draws, projected on three directions, with the exact distribution function. Massart's
+# inequality bounds the false alarm of one projection by ALARM whatever n; the tests below make fewer than 150
+# projections in all, so that a run of the suite raises a false alarm with a probability below 5e-8.
 N, ALARM = 8_000, 3e-10
 THRESHOLD = oracle.ks_threshold(N, ALARM)  # 0.038
 
