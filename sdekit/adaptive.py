@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar
+from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, rms
 from sdekit.system import expand
 
 # y' = rhs(y, t, run) for the samples of the batch that are still running: y (b, *event), t (b,), their indices run (b,)
@@ -42,11 +42,6 @@ DORMAND_PRINCE = Tableau(
     e=(71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
     order=5,
 )
-
-
-def rms(y: Tensor) -> Tensor:
-    """Root mean square over the event, per sample: (b, *event) -> (b,)."""
-    return y.reshape(y.shape[0], -1).square().mean(1).sqrt()
 
 
 def adaptive(

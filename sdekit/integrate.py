@@ -1,12 +1,13 @@
 """The one fixed-grid loop: every fixed-step sampler is a step rule under it."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, full, keep_indices
+from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, full, keep_indices, rms
 from sdekit.steppers import StepRule
 from sdekit.system import System
 
@@ -19,13 +20,18 @@ def integrate(
     noise: Any,
     *,
     keep: int = 0,
+    denoise: bool = False,
+    estimate: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
     """x at grid[-1] from x at grid[0], by ``rule`` on every pair of neighbouring times, in either direction.
 
-    ``keep`` states (evenly spaced steps, both ends) make the trajectory, whatever the number of steps.
+    ``keep`` states (evenly spaced steps, both ends) make the trajectory, whatever the number of steps. ``denoise``:
+    then the rule's own step to t = 0. ``estimate``: sum what the rule's corrections say of its error (Solution.error).
     """
+    if estimate and rule.correction is None:
+        raise ValueError("estimate needs a rule that corrects itself, such as unipc_2; this one has no free estimate")
     times: list[float] = grid.tolist()
     nfe, steps = system.nfe, len(times) - 1
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
@@ -35,12 +41,17 @@ def integrate(
         raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
+    error = torch.zeros(x.shape[0], dtype=torch.float64) if estimate else None
     for k, (t, s) in enumerate(bar(pairwise(times), progress, steps), start=1):
         x, state = rule(system, x, t, s, noise, state)
+        if error is not None:
+            error += _relative(system, x, t, rule.correction(state))  # type: ignore[misc]
         if k in kept:
             path.append((s, x))
         if callback is not None:
             callback(k, s, x)
+    if denoise:
+        x = rule.finish(system, x, times[-1], state)
     system.settle()
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"the state overflowed between t = {times[0]:g} and {times[-1]:g}; take more steps")
@@ -58,4 +69,13 @@ def integrate(
         )
         if path
         else None,
+        error=error,
     )
+
+
+def _relative(system: System, x: Tensor, t: float, correction: Tensor | None) -> Tensor:
+    """RMS over the event of a correction at t, in units of x's own scale there, sqrt(alpha^2 + sigma^2)."""
+    if correction is None:
+        return torch.zeros(x.shape[0], dtype=torch.float64)
+    n = system.at(t, x)
+    return rms(correction).double().cpu() / math.hypot(n.alpha, n.sigma)

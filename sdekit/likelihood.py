@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.adaptive import adaptive, rms
+from sdekit.adaptive import adaptive
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
 from sdekit.sde import SDE
-from sdekit.solution import SolverError
+from sdekit.solution import SolverError, rms
 from sdekit.system import Score
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.system import Process, Score, System, Time, as_time, expand, float64
+from sdekit.system import Levels, Process, Score, System, Time, as_time, expand, float64
 
 
 class Node(NamedTuple):
@@ -56,6 +56,11 @@ class Reverse(System):
         columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
         columns.append(list(time.unbind()))
         self._nodes = dict(zip(times, map(Node._make, zip(*columns, strict=True)), strict=True))
+
+    def levels(self, times: Tensor) -> Levels:
+        """alpha, sigma and half log-SNR at all times, in one vectorised call."""
+        alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
+        return Levels(times, alpha, sigma, alpha.log() - sigma.log())
 
     def settle(self) -> None:
         """Raise what the evaluations since the last check did wrong."""
@@ -107,6 +112,9 @@ def combine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     return torch.add(a * x, y, alpha=b) if isinstance(b, float) else a * x + b * y
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 class CountedScore:
     """A score as the solvers see it: every evaluation is counted, bounded by a budget, and checked.
 
@@ -134,7 +142,8 @@ class CountedScore:
         if out.dtype != x.dtype:
             out = out.to(x.dtype)
         # A sum is finite only if every entry is: one reduction, and nobody waits for it.
-        self._watched.append((t, out.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32)))
+        total = out.sum() if out.dtype in _WIDE else out.sum(dtype=torch.float32)
+        self._watched.append((t, total.detach() if total.requires_grad else total))
         if t.ndim == 1 or len(self._watched) == 64:
             self.check()
         return out

@@ -10,7 +10,6 @@ from torch import Tensor
 from sdekit import _checks, backends
 from sdekit.grids import Grid, make_grid
 from sdekit.noise import Noise
-from sdekit.reverse import Reverse
 from sdekit.sde import SDE
 from sdekit.solution import Callback, SolverError
 from sdekit.solve import ADAPTIVE, solve
@@ -20,12 +19,9 @@ from sdekit.steppers import (
     as_rule,
     at_end,
     chain,
-    dpmpp_2m,
     euler_maruyama,
-    heun,
     langevin,
     repeat,
-    rk4,
     stay,
 )
 from sdekit.system import Score
@@ -42,6 +38,11 @@ class Sampler:
     churn: float = 0.0
     grid: str = "uniform"
     steps: int = 50
+
+    @property
+    def stochastic(self) -> bool:
+        """True where noise is drawn after the start."""
+        return self.churn > 0 or self.rule.noisy
 
 
 def predictor_corrector(
@@ -68,15 +69,29 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_maruyama": Sampler(euler_maruyama, churn=1.0, steps=1000),
     "reverse_diffusion": Sampler(RULES["reverse_diffusion"], churn=1.0, steps=1000),
     "ancestral": Sampler(RULES["ancestral"], steps=1000),
-    "heun_sde": Sampler(heun, churn=1.0, steps=1000),
+    "heun_sde": Sampler(RULES["heun"], churn=1.0, steps=1000),
     "pc": predictor_corrector(),
     "annealed_langevin": predictor_corrector("none", corrector_steps=2),
-    "euler": Sampler(euler_maruyama, grid="quadratic"),
-    "heun": Sampler(heun, grid="karras"),
-    "rk4": Sampler(rk4, grid="karras"),
-    "ddim": Sampler(RULES["ddim"], grid="quadratic"),
-    "dpmpp_2m": Sampler(dpmpp_2m, grid="log_snr"),
-    **{name: Sampler(RULES[name], grid="log_snr") for name in ("dpmpp_3m", "dpm_solver_3m", "deis", "unipc_2")},
+    "dpmpp_2m_sde": Sampler(RULES["dpmpp_2m"], churn=1.0, grid="log_snr"),
+    "dpmpp_3m_sde": Sampler(RULES["dpmpp_3m"], churn=1.0, grid="log_snr"),
+    "sa_solver": Sampler(RULES["unipc_3"], churn=1.0, grid="log_snr"),
+    "edm": Sampler(RULES["edm"], grid="karras"),
+    "restart": Sampler(RULES["restart"], grid="karras"),
+    "euler": Sampler(euler_maruyama, grid="vp_quadratic"),
+    "heun": Sampler(RULES["heun"], grid="vp_quadratic"),
+    "rk4": Sampler(RULES["rk4"], grid="vp_quadratic"),
+    "ddim": Sampler(RULES["ddim"], grid="vp_quadratic"),
+    "ipndm": Sampler(RULES["ipndm"], grid="vp_cubic"),
+    "deis": Sampler(RULES["deis"], grid="karras"),
+    "dpm_solver_2": Sampler(RULES["dpm_solver_2"], grid="vp_quadratic"),
+    "dpm_solver_3": Sampler(RULES["dpm_solver_3"], grid="vp_quadratic"),
+    "dpmpp_2s": Sampler(RULES["dpmpp_2s"], grid="vp_quadratic"),
+    "dpmpp_2m": Sampler(RULES["dpmpp_2m"], grid="vp_cubic"),
+    "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="vp_cubic"),
+    "unipc_2": Sampler(RULES["unipc_2"], grid="vp_cubic"),
+    "unipc_3": Sampler(RULES["unipc_3"], grid="vp_cubic"),
+    "v_3m": Sampler(RULES["v_3m"], grid="vp_cubic"),
+    "flow_3m": Sampler(RULES["flow_3m"], grid="vp_cubic"),
 }
 
 
@@ -131,8 +146,7 @@ def sample(
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
     x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     noise = Noise(x, seed, ids)
-    out = solve(system, x, times, row.rule, noise=noise, progress=progress, callback=callback).x
-    return _finish(system, out, float(times[-1]), denoise)
+    return solve(system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback).x
 
 
 def pc_sample(
@@ -202,10 +216,12 @@ def ode_sample(
     system = sde.probability_flow(score)
     times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
     x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
-    solution = solve(system, x, times, method, rtol=rtol, atol=atol, progress=progress, callback=callback)
+    solution = solve(
+        system, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback
+    )
     if not solution.success:
         raise SolverError(solution)
-    return _finish(system, solution.x, sde.t_min, denoise)
+    return solution.x
 
 
 def _sampler(sampler: Any) -> Sampler:
@@ -219,11 +235,11 @@ def _sampler(sampler: Any) -> Sampler:
 
 
 def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
-    need = rule.evaluations + int(denoise)
+    need = rule.evaluations + rule.extra + int(denoise)
     if _checks.count(nfe, "nfe") < need:
         extra = " and the final denoising" if denoise else ""
         raise ValueError(f"nfe must be at least {need}, one step of this sampler{extra}; got {nfe}")
-    return (nfe - int(denoise)) // max(1, rule.evaluations)
+    return (nfe - int(denoise) - rule.extra) // max(1, rule.evaluations)
 
 
 def _start(
@@ -245,11 +261,3 @@ def _start(
     if _checks.state(x_T, "x_T").shape != size:
         raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
     return x_T.to(device=device, dtype=dtype)
-
-
-def _finish(system: Reverse, x: Tensor, t: float, denoise: bool) -> Tensor:
-    if not denoise:
-        return x
-    out = system.denoise(x, t)
-    system.settle()
-    return out

@@ -38,6 +38,9 @@ class Solution:
     evaluations, counted as calls. ``nfe_per_sample`` (B,): evaluations that each sample took part in.
     ``accepted``, ``rejected`` (B,): steps; None from a back-end that does not tell.
     ``status``: per sample "success", "max_nfe", "step_underflow" or "failed". ``trajectory``: kept states, or None.
+    ``error`` (B,), float64, on request (``estimate``): the sum over the steps of corrected minus predicted x, each as
+    RMS over the event in units of sqrt(alpha_t^2 + sigma_t^2): an estimate of the predictor's error in x_0, which for
+    data of unit variance the flow carries over as it stands (the corrected result is better than that).
     """
 
     x: Tensor
@@ -48,6 +51,7 @@ class Solution:
     rejected: Tensor | None
     status: list[str]
     trajectory: Trajectory | None = field(default=None, repr=False)
+    error: Tensor | None = None
     reason: str = ""  # a back-end's own words, where it gave up
 
     @property
@@ -82,6 +86,11 @@ def bar(steps: Iterable[Any], progress: bool, total: int | None = None) -> Itera
 def keep_indices(n: int, keep: int) -> set[int]:
     """``keep`` of the numbers 0 ... n, evenly spaced, both ends included."""
     return {round(i * n / (keep - 1)) for i in range(keep)} if keep else set()
+
+
+def rms(y: Tensor) -> Tensor:
+    """Root mean square over the event, per sample: (b, *event) -> (b,)."""
+    return y.reshape(y.shape[0], -1).square().mean(1).sqrt()
 
 
 def full(x: Tensor, value: float, dtype: torch.dtype) -> Tensor:

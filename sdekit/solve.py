@@ -1,6 +1,7 @@
 """One call for every system and method: fixed grid, adaptive, or a back-end."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def solve(
     max_nfe: int | None = None,
     noise: Noise | None = None,
     keep: int = 0,
+    denoise: bool = False,
+    estimate: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Solution:
@@ -43,6 +46,8 @@ def solve(
     (default 100,000).
     ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
     trajectory, 0 for none; "rk45" steps onto each of those times, which costs evaluations.
+    ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
+    ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
     ``callback(step, t, x)``: after each step.
 
     An adaptive method that stops early returns what it has, with a status per sample.
@@ -51,13 +56,20 @@ def solve(
     x = _checks.state(x)
     times = _monotone(grid, system)
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
+    if denoise:
+        system.at(float(times[-1]), x)  # raises where the system has no score
     if keep:
         keep = _checks.count(keep, "keep", minimum=2)
+    if estimate and (method in ADAPTIVE or (isinstance(method, str) and ":" in method)):
+        raise ValueError(
+            f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
+        )
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
         if keep or callback is not None or max_nfe is not None or progress:
             raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
-        return backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise or Noise(x))
+        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise or Noise(x))
+        return _denoised(system, solution, float(times[-1])) if denoise else solution
     if method in ADAPTIVE:
         if system.churn:
             raise ValueError(f"rk45 integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
@@ -69,13 +81,25 @@ def solve(
             progress=progress, callback=callback,
         )  # fmt: skip
         system.settle()
-        return solution
+        return _denoised(system, solution, float(times[-1])) if denoise else solution
     if max_nfe is not None:
         raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")
     if isinstance(method, str):
         method = _checks.lookup(RULES, method, f"method (besides {', '.join(ADAPTIVE)})")
     rule = as_rule(method)
-    return integrate(system, rule, x, times, noise or Noise(x), keep=keep, progress=progress, callback=callback)
+    return integrate(
+        system, rule, x, times, noise or Noise(x), keep=keep, denoise=denoise, estimate=estimate, progress=progress,
+        callback=callback,
+    )  # fmt: skip
+
+
+def _denoised(system: Any, solution: Solution, t: float) -> Solution:
+    """The step to t = 0, if every sample came to t."""
+    if not solution.success:
+        return solution
+    x = system.denoise(solution.x, t)
+    system.settle()
+    return replace(solution, x=x, nfe=solution.nfe + 1, nfe_per_sample=solution.nfe_per_sample + 1)
 
 
 def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:

@@ -78,11 +78,24 @@ class System:
         """The process at t, for step rules on alpha, sigma and the score; only a reverse system has one."""
         raise TypeError(f"this step rule needs a score: give it sde.reverse(score), not {type(self).__name__}")
 
+    def levels(self, times: Tensor) -> "Levels":
+        """The process at many times at once, for rules that tabulate their weights; only a reverse system has them."""
+        return self.at(float(times[0]), times)
+
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Told before a loop which times it will visit, so that one vectorised call can serve them all."""
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""
+
+
+class Levels(NamedTuple):
+    """A process at times of any shape, float64: signal, noise and half log-SNR lam = log(alpha/sigma)."""
+
+    time: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    lam: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -102,6 +115,15 @@ class Process(Protocol):
 
     T: float
     t_min: float
+
+    def alpha(self, t: Any) -> Tensor:
+        """The signal's scale at t."""
+
+    def sigma(self, t: Any) -> Tensor:
+        """The noise's standard deviation at t."""
+
+    def inverse_half_log_snr(self, lam: Any) -> Tensor:
+        """The time at which log(alpha/sigma) is lam."""
 
     def coefficients(self, t: Any) -> Coefficients:
         """alpha, sigma, f and g^2 at t."""

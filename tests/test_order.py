@@ -6,24 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import HeatODE, as_score, solve
+from sdekit import VPSDE, HeatODE, as_score, solve
 from sdekit.grids import make_grid
 from sdekit.steppers import RULES
 from tests.conftest import NAMED
 
-STEPS = (80, 160, 320)
-FINER = (160, 320, 640)  # for the multistep methods, whose slope settles later
-# Every rule that solves the flow: "none" stays where it is, "ancestral" has noise of its own.
-ODE_RULES = {name: rule for name, rule in RULES.items() if name not in ("none", "ancestral")}
+# Every rule that solves the flow: "none" stays where it is, "ancestral", "edm" and "restart" have noise of their own.
+ODE_RULES = {name: rule for name, rule in RULES.items() if name != "none" and not rule.noisy}
+
+
+def counts(rule):
+    """Numbers of steps: where multistep methods are concerned, whose slope settles later, finer ones."""
+    return (160, 320, 640, 1280) if rule.order > 2 and rule.evaluations == 1 else (80, 160, 320)
 
 
 def slope(steps, errors):
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def typical(x, ref):
-    """Median over samples: at 80 steps now and then one still falls to another mode."""
-    return float(np.median(np.sqrt(((np.asarray(x) - np.asarray(ref)) ** 2).mean(1))))
+def typical(x, ref, order):
+    """Mean over samples; the median where steps are coarse: now and then one still falls to another mode there."""
+    error = np.sqrt(((np.asarray(x) - np.asarray(ref)) ** 2).mean(1))
+    return float(error.mean() if order > 2 else np.median(error))
 
 
 def reparameterised(sde, score, predicts):
@@ -44,8 +48,8 @@ def exact_flow(digits64):
     """x at lambda = -4 and where the exact flow takes it at lambda = 3, in the Karras frame."""
     g, _ = digits64
     s0, s1 = np.exp(4.0), np.exp(-3.0)
-    y = s0 * np.random.default_rng(0).standard_normal((16, 64))
-    return torch.from_numpy(y), torch.from_numpy(g.flow(y, s0, s1, rtol=1e-11, atol=1e-12))
+    y = s0 * np.random.default_rng(0).standard_normal((64, 64))
+    return torch.from_numpy(y), torch.from_numpy(g.flow(y, s0, s1, rtol=1e-12, atol=1e-13))
 
 
 @pytest.mark.parametrize("rule", ODE_RULES)
@@ -57,27 +61,28 @@ def test_order_on_every_process(digits64, exact_flow, rule, name):
     if name == "VE":  # sigma(T) = 50 < e^4: its own start
         g, _ = digits64
         y = y * float(torch.exp(-lam[0])) / np.exp(4.0)
-        ref = torch.from_numpy(g.flow(y.numpy(), float(torch.exp(-lam[0])), np.exp(-3.0), rtol=1e-11, atol=1e-12))
+        ref = torch.from_numpy(g.flow(y.numpy(), float(torch.exp(-lam[0])), np.exp(-3.0), rtol=1e-12, atol=1e-13))
     system = sde.probability_flow(digits64[1].score(sde))
-    errors, counts = [], FINER if RULES[rule].order > 2 and RULES[rule].evaluations == 1 else STEPS
-    for n in counts:
+    order, errors = RULES[rule].order, []
+    for n in counts(RULES[rule]):
         grid = sde.inverse_half_log_snr(torch.linspace(*lam.tolist(), n + 1, dtype=torch.float64))
         x = solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1])
-        errors.append(typical(x, ref))
-    assert slope(counts, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
+        errors.append(typical(x, ref, order))
+    assert slope(counts(RULES[rule]), errors) == pytest.approx(order, abs=0.1), errors
 
 
-@pytest.mark.parametrize("predicts", ["score", "eps", "x0", "v"])
-@pytest.mark.parametrize("rule", ["heun", "dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+@pytest.mark.parametrize("rule", ODE_RULES)
 def test_order_under_every_parameterisation(digits64, exact_flow, rule, predicts):
     """PITFALL 8: a Heun with the wrong sigma hides under eps-prediction; here each parameterisation is one score."""
-    sde, (y, ref) = HeatODE(), exact_flow
+    sde, (y, ref) = VPSDE(), exact_flow
     system = sde.probability_flow(reparameterised(sde, digits64[1].score(sde), predicts))
-    errors = []
-    for n in STEPS:
+    order, errors = RULES[rule].order, []
+    steps = counts(RULES[rule])[-2:]
+    for n in steps:
         grid = sde.inverse_half_log_snr(torch.linspace(-4.0, 3.0, n + 1, dtype=torch.float64))
-        errors.append(typical(solve(system, y, grid, rule).x, ref))
-    assert slope(STEPS, errors) == pytest.approx(RULES[rule].order, abs=0.1), errors
+        errors.append(typical(solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1]), ref, order))
+    assert slope(steps, errors) == pytest.approx(order, abs=0.1), errors
 
 
 def test_noisy_ddim_refuses_to_run_forwards(digits64):
@@ -94,7 +99,6 @@ def test_noisy_ddim_refuses_to_run_forwards(digits64):
 
 def test_strong_order_on_a_shared_path():
     """PITFALL 14: the reverse SDE on one Brownian path refined; Euler-Maruyama is of strong order 1 there."""
-    from sdekit import VPSDE
     from tests.conftest import gaussian_score
 
     sde, paths, finest = VPSDE(), 400, 1024

@@ -1,10 +1,11 @@
 """Step rules: one step from t to s of any system, and what they are put together from."""
 
 from sdekit.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay, step_rule
+from sdekit.steppers.ddim import ddim
 from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
-from sdekit.steppers.exponential import ddim, dpmpp_2m
 from sdekit.steppers.langevin import langevin
 from sdekit.steppers.multistep import multistep
+from sdekit.steppers.singlestep import edm, restart, singlestep
 
 __all__ = [
     "RULES",
@@ -13,14 +14,16 @@ __all__ = [
     "at_end",
     "chain",
     "ddim",
-    "dpmpp_2m",
+    "edm",
     "euler_maruyama",
     "heun",
     "langevin",
     "multistep",
     "repeat",
+    "restart",
     "reverse_diffusion",
     "rk4",
+    "singlestep",
     "stay",
     "step_rule",
 ]
@@ -29,14 +32,27 @@ __all__ = [
 RULES: dict[str, StepRule] = {
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
-    "ancestral": ddim(eta=1.0),
-    "ddim": ddim(eta=0.0),
     "heun": heun,
     "rk4": rk4,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": multistep(3),
-    "dpm_solver_3m": multistep(3, "eps"),
-    "deis": multistep(3, "eps", "karras"),
-    "unipc_2": multistep(2, corrector=True),
+    "ddim": ddim(eta=0.0),
+    "ancestral": ddim(eta=1.0),
+    # Multistep: the exact integral of the polynomial, variable steps, and a start that keeps the order throughout.
+    "ipndm": multistep(
+        3, "eps", "step", freeze=True
+    ),  # Zhang & Chen 2023, order 3 of their 4; of order 2, as published
+    "deis": multistep(3, "eps"),  # Zhang & Chen 2023, eq. 15, in log rho; DPM-Solver's order 3 as a multistep method
+    "dpmpp_2m": multistep(2, freeze=True),  # Lu et al. 2022b, algorithm 2
+    "dpmpp_3m": multistep(3),  # Lu et al. 2022b, appendix; published order 2: a factor 2 missing in D2, a low start
+    "unipc_2": multistep(2, corrector=True),  # Zhao et al. 2023, with exact integrals for B(h) and a full last step
+    "unipc_3": multistep(3, corrector=True),
+    "v_3m": multistep(3, "v"),  # ours: the same in the angle's parameterisation (Salimans & Ho 2022, eq. 8)
+    "flow_3m": multistep(3, "flow"),  # ours: in the velocity of the rectified flow (Liu et al. 2023)
+    # Single-step: Lu et al. 2022a, algorithms 1 and 2; 2022b, algorithm 1 (r = 1/2); Karras et al. 2022, algorithm 2;
+    # Xu et al. 2023, algorithm 1.
+    "dpm_solver_2": singlestep([(1 / 2, (0,)), (1.0, (1,))], 2),
+    "dpm_solver_3": singlestep([(1 / 3, (0,)), (2 / 3, (0, 1)), (1.0, (0, 2))], 3),
+    "dpmpp_2s": singlestep([(1 / 2, (0,)), (1.0, (1,))], 2, "x0"),
+    "edm": edm(),
+    "restart": restart(),
     "none": stay,
 }

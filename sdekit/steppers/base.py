@@ -20,10 +20,15 @@ class StepRule:
     score(x, time) and at(t, x), the process at t. t and s are Python floats, in either direction.
     ``noise`` has normal() and increment(t, s). ``state`` is None at first and whatever the rule returned after.
 
-    ``evaluations``: network evaluations of one step, at most. ``order``: of the global error on an ODE.
+    ``evaluations``: network evaluations of one step, at most; ``extra``: those that a whole run adds, whatever its
+    steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with noise.
+    ``noisy``: the rule draws noise of its own, even where the system's churn is 0.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
     ``begin(system, times)``: makes the first state from the whole grid, where None is not enough.
+    ``finish(system, x, t, state)``: E[x_0|x] at the last time, one evaluation, where history improves on it.
+    ``correction(state)``: what the evaluation of the last step said of the step before: corrected minus predicted x
+    there, or None before there is one. A free estimate of the local error.
     """
 
     step: Step
@@ -31,15 +36,20 @@ class StepRule:
     order: int = 1
     nodes: tuple[float, ...] = ()
     begin: Callable[[Any, list[float]], Any] = lambda system, times: None
+    extra: int = 0
+    weak_order: int = 1
+    noisy: bool = False
+    finish: Callable[[Any, Tensor, float, Any], Tensor] = lambda system, x, t, state: system.denoise(x, t)
+    correction: Callable[[Any], Tensor | None] | None = None
 
     def __call__(self, system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         """Take the step: (x at s, state)."""
         return self.step(system, x, t, s, noise, state)
 
 
-def step_rule(evaluations: int = 1, order: int = 1, nodes: tuple[float, ...] = ()) -> Callable[[Step], StepRule]:
-    """Decorator: make a function a step rule."""
-    return lambda step: StepRule(step, evaluations, order, nodes)
+def step_rule(evaluations: int = 1, order: int = 1, **kwargs: Any) -> Callable[[Step], StepRule]:
+    """Decorator: make a function a step rule; the arguments are those of :class:`StepRule`."""
+    return lambda step: StepRule(step, evaluations, order, **kwargs)
 
 
 def as_rule(rule: StepRule | Step) -> StepRule:

@@ -17,7 +17,7 @@ def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state
     return x_s, state
 
 
-@step_rule(evaluations=2, order=2)
+@step_rule(evaluations=2, order=2, weak_order=2)
 def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x' = x + h d_t + g_t dW,  x_s = x + h/2 (d_t + d'_s) + (g_t + g_s)/2 dW,  h = s - t, d = drift.
 

@@ -1,0 +1,293 @@
+"""Error after N network evaluations, and the overhead of a step: these samplers and other libraries', side by side.
+
+    pip install -e ".[peers]"
+    python benchmarks/peers.py            # both problems and the overhead: some minutes on one thread
+    python benchmarks/peers.py --quick    # 64 samples, three columns: under a minute
+
+Protocol: the process is  x = x0 + sigma eps  and the data a Gaussian mixture whose denoiser is a closed form, so that
+every difference is the sampler's. All start from one  x_T = 80 randn  in float64 and run to t = 0; the final denoising
+counts. The error is that against the exact flow from x_T (root mean square over dimensions, mean over samples).
+Evaluations are counted at the network; an entry that took fewer than its column says how many, in brackets. Fixed
+grids run from sigma 80 to 0.002, one row per sampler on its better grid; the rows of the best take every column's best.
+A peer's settings are in peer_samplers.py. All peers see the same closed form as ours.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import overhead
+import peer_samplers
+from peers_figure import Entry, draw, overhead_table, table
+
+import sdekit
+from sdekit import SAMPLERS, GaussianMixture, HeatODE, SolverError, ode_sample, sample
+from sdekit.grids import make_grid
+from tests import oracle
+
+SIZES = {"digits64": 512, "grid2": 1024}
+COLUMNS = (5, 6, 8, 10, 12, 15, 20, 30, 50)
+GRIDS = ("karras", "log_snr")
+CALIBRATED_UP_TO = 20  # a grid is worth calibrating where evaluations are few
+
+DIFFUSERS_STEPS = {  # the pipelines' schedulers, as they come
+    "diffusers DDIM": "DDIMScheduler",
+    "diffusers DPM++ 2M": "DPMSolverMultistepScheduler",
+    "diffusers UniPC": "UniPCMultistepScheduler",
+}
+PEER_LOOPS = (*DIFFUSERS_STEPS, "torchdiffeq euler", "torchsde euler")
+
+
+class Counted:
+    """A score that counts its calls, and over how many samples they were."""
+
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.score, self.calls, self.rows = score, 0, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score, like x."""
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        return self.score(x, t)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A mixture, the noises to start from, and where the exact flow takes them."""
+
+    name: str
+    sde: HeatODE
+    score: Callable[[Tensor, Tensor], Tensor]
+    start: Tensor
+    reference: np.ndarray
+
+
+def make_problem(name: str, n: int) -> Problem:
+    mixture = {"digits64": oracle.digits64, "grid2": oracle.grid25}[name]()
+    sde = HeatODE()
+    x_T = 80 * torch.randn(n, mixture.d, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
+    reference = mixture.flow(x_T.numpy(), 80.0, 0.0, rtol=1e-10, atol=1e-11)
+    return Problem(name, sde, GaussianMixture(mixture.m, mixture.covs, mixture.w).score(sde), x_T, reference)
+
+
+def deterministic() -> list[str]:
+    def noisy(name: str) -> bool:
+        return getattr(SAMPLERS[name], "stochastic", SAMPLERS[name].churn > 0 or name == "ancestral")
+
+    return [name for name in SAMPLERS if not noisy(name)]
+
+
+def counted_run(problem: Problem, side: str, sampler: str, grid: str, budget: int, draw: Callable) -> Entry:
+    """The entry of ``draw(score)``: NaN where the sampler breaks down; beyond its budget the run stops."""
+    score = Counted(problem.score)
+    try:
+        error = oracle.error(draw(score), problem.reference)
+    except (FloatingPointError, SolverError):
+        error = math.nan
+    if budget and score.calls > budget:
+        raise RuntimeError(f"{sampler} took {score.calls} evaluations in the column of {budget}")
+    return Entry(problem.name, side, sampler, grid, budget, score.calls, score.rows / len(problem.start), error)
+
+
+def ours(problem: Problem, name: str, grid: str, nfe: int) -> Entry | None:
+    """One of our samplers; None where the budget is too small for a step of it."""
+
+    def draw(score: Counted) -> Tensor:
+        return sample(problem.sde, score, problem.start.shape, name, nfe=nfe, x_T=problem.start, grid=grid)
+
+    try:
+        return counted_run(problem, "ours", name, grid, nfe, draw)
+    except ValueError as error:
+        if "nfe" not in str(error):
+            raise
+        return None
+
+
+def calibrated(problem: Problem, nfe: int) -> Entry | None:
+    """Sampling by a calibration for this budget, which saw other noises (seed 0); None while there is none."""
+    calibrate = getattr(sdekit, "calibrate", None)
+    if calibrate is None or nfe > CALIBRATED_UP_TO:
+        return None
+    shape = problem.start.shape
+    calibration = calibrate(problem.sde, problem.score, shape, nfe=nfe, seed=0)
+
+    def draw(score: Counted) -> Tensor:
+        return sample(problem.sde, score, shape, calibration, x_T=problem.start)
+
+    return counted_run(problem, "calibrated", "calibrated", "calibrated", nfe, draw)
+
+
+def denoiser(score: Counted) -> peer_samplers.Denoiser:
+    """E[x0|y] at level s, of all samples or of each, for a peer; one evaluation of the score."""
+
+    def denoise(y: Tensor, s: Tensor) -> Tensor:
+        square = s.square() if s.ndim == 0 else s.square()[:, None]
+        return y + square * score(y, s)
+
+    return denoise
+
+
+def driven(problem: Problem, run: Callable, levels: Tensor) -> Callable[[Counted], Tensor]:
+    """A peer's run over the levels, as a function of the score that is counted."""
+    return lambda score: run(denoiser(score), problem.start, levels)
+
+
+@torch.no_grad()
+def peer(problem: Problem, name: str, grid: str, nfe: int) -> Entry | None:
+    """A peer's sampler on our grid's levels and then 0; None where the budget is too small for a step of it."""
+    chosen = peer_samplers.FIXED[name]
+    steps = (nfe - 1) // chosen.evaluations
+    if steps < 1:
+        return None
+    levels = torch.cat([problem.sde.sigma(make_grid(problem.sde, grid, steps)), torch.zeros(1, dtype=torch.float64)])
+    return counted_run(problem, "peers", name, grid, nfe, driven(problem, chosen.run, levels))
+
+
+@torch.no_grad()
+def adaptive(problem: Problem) -> list[Entry]:
+    """Adaptive methods at several tolerances. Calls are counted: as many as the slowest sample needed."""
+    levels = torch.tensor([80.0, problem.sde.t_min, 0.0], dtype=torch.float64)
+    entries = []
+    for tolerance in peer_samplers.TOLERANCES:
+        at = f"tolerance {tolerance:g}"
+
+        def draw(score: Counted, tolerance: float = tolerance) -> Tensor:
+            settings = {"x_T": problem.start, "rtol": tolerance, "atol": tolerance}
+            return ode_sample(problem.sde, score, problem.start.shape, **settings)
+
+        entries.append(counted_run(problem, "ours", "rk45", at, 0, draw))
+        for name, (package, make) in peer_samplers.ADAPTIVE.items():
+            if peer_samplers.available(package):
+                draw = driven(problem, make(tolerance), levels)
+                entries.append(counted_run(problem, "peers", name, at, 0, draw))
+    return entries
+
+
+def measure(problem: Problem, columns: Iterable[int]) -> list[Entry]:
+    """All entries of a problem."""
+    names = [name for name, p in peer_samplers.FIXED.items() if peer_samplers.available(p.package)]
+    entries: list[Entry | None] = []
+    for nfe in columns:  # a peer that is not installed has its line in the output instead
+        entries += [ours(problem, name, grid, nfe) for name in deterministic() for grid in GRIDS]
+        entries += [peer(problem, name, grid, nfe) for name in names for grid in GRIDS]
+        entries.append(calibrated(problem, nfe))
+    return [entry for entry in entries if entry is not None] + adaptive(problem)
+
+
+def scheduler_loop(scheduler: Any, d: Tensor, steps: int) -> Callable[[], object]:
+    """The steps of a diffusers scheduler whose network is free."""
+
+    def loop() -> Tensor:
+        scheduler.set_timesteps(steps)
+        y = d
+        for t in scheduler.timesteps:
+            y = scheduler.step(d, t, y, return_dict=False)[0]
+        return y
+
+    return loop
+
+
+def torchdiffeq_loop(d: Tensor, steps: int) -> Callable[[], object]:
+    import torchdiffeq
+
+    times = torch.linspace(0, 1, steps + 1)
+    return lambda: torchdiffeq.odeint(lambda t, y: d, d, times, method="euler")
+
+
+def torchsde_loop(d: Tensor, steps: int) -> Callable[[], object]:
+    import torchsde
+
+    flat = d.reshape(len(d), -1)
+    system = torchsde.SDEIto("diagonal")
+    system.f, system.g = (lambda t, y: flat), (lambda t, y: flat)
+    return lambda: torchsde.sdeint(system, flat, torch.tensor([0.0, 1.0]), method="euler", dt=1 / steps)
+
+
+def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
+    """The loop of a row of PEER_LOOPS."""
+    if name.startswith("diffusers"):
+        import diffusers
+
+        return scheduler_loop(getattr(diffusers, DIFFUSERS_STEPS[name])(), d, steps)
+    return (torchsde_loop if name.startswith("torchsde") else torchdiffeq_loop)(d, steps)
+
+
+def ratio(base: Callable[[], object], run: Callable[[], object], turns: int) -> float:
+    """By overhead.py's protocol: the median over turns of the ratio of two neighbours, after one of each unmeasured."""
+    overhead.seconds(base), overhead.seconds(run)
+    pairs = [(overhead.seconds(base), overhead.seconds(run)) for _ in range(turns)]
+    return statistics.median(b / a for a, b in pairs)
+
+
+@torch.no_grad()
+def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
+    """The cost of a step beside the network, as ratios to overhead.py's bare loop."""
+    rows = [(f"sdekit {name}", overhead.noisy(name), partial(overhead.ours, name)) for name in SAMPLERS]
+    for name in PEER_LOOPS:
+        if peer_samplers.available(name.split()[0]):
+            rows.append((name, name.startswith("torchsde"), partial(peer_loop, name)))
+    found = []
+    for name, noisy, make in rows:
+        row: dict[str, Any] = {"sampler": name, "noise": noisy}
+        for shape in overhead.SHAPES:
+            steps = (300 if shape[0] == 1 else 60) // (10 if quick else 1)
+            d = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            row[f"{shape}"] = round(ratio(overhead.bare(d, steps, noisy), make(d, steps), turns), 2)
+        found.append(row)
+    return found
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", choices=(*SIZES, "both"), default="both")
+    parser.add_argument("--nfe", type=int, nargs="+", help=f"columns (default {' '.join(map(str, COLUMNS))})")
+    parser.add_argument("--quick", action="store_true", help="64 samples, columns 5 10 20, few turns of the overhead")
+    parser.add_argument("--no-overhead", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    options = parser.parse_args(arguments)
+    options.nfe = sorted(set(options.nfe or ((5, 10, 20) if options.quick else COLUMNS)))
+    if options.nfe[0] < 2:
+        parser.error("--nfe must be at least 2, a step and the final denoising")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("\n".join([*peer_samplers.missing(), peer_samplers.EXCLUDED, ""]))
+    written: list[Entry] = []
+    for name in SIZES if options.problem == "both" else (options.problem,):
+        problem = make_problem(name, 64 if options.quick else SIZES[name])
+        entries = measure(problem, options.nfe)
+        print(f"{name}, {len(problem.start)} samples, torch {torch.__version__}\n\n{table(entries, options.nfe)}\n")
+        draw(options.out / f"peers_{name}.png", name, len(problem.start), entries)
+        written += entries
+    write(options.out / "peers.csv", [asdict(entry) for entry in written])
+    if not options.no_overhead:
+        rows = overhead_rows(turns=2 if options.quick else 7, quick=options.quick)
+        print(overhead_table(rows))
+        write(options.out / "peers_overhead.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Exponential single-step methods: stages inside a step, exact but for the polynomial through earlier predictions."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.steppers.base import StepRule
+from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, weighted
+from sdekit.system import Levels
+
+
+class Stage(NamedTuple):
+    """One evaluation, at ``time``, and the x that follows: linear times the step's first x, predictions, noise."""
+
+    time: Tensor
+    mix: float
+    linear: float
+    weights: list[float]  # of the step's predictions so far
+    carry: float  # of the noise in the x before, by the linear part from there
+    std: float
+
+
+class State(NamedTuple):
+    """The stages of every step, and the number of the step to come."""
+
+    steps: list[list[Stage]]
+    i: int
+
+
+# (c, uses): x at the fraction c of the step in half log-SNR, by the predictions of that number. Number 0 is made at the
+# step's start, number j at stage j.
+Stages = Sequence[tuple[float, Sequence[int]]]
+
+
+def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str = "half_log_snr") -> StepRule:
+    """An exponential Runge-Kutta method; one evaluation a stage, the last of which ends the step (c = 1).
+
+    Each stage puts the polynomial through the predictions that it uses (in ``clock``) under the exact solution's
+    integral; predictions and clocks are those of :func:`multistep`. The noise is that of the system's churn, drawn
+    exactly, stage by stage. ``order`` is what the stages are known to have. Needs a reverse system.
+    """
+    _checks.lookup(PREDICTIONS, prediction, "prediction")
+    _checks.lookup(CLOCKS, clock, "clock")
+
+    def begin(system: Any, times: list[float]) -> State:
+        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
+        return State(tabulate(system, stages, prediction, clock, start, end), 0)
+
+    return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
+
+
+def tabulate(system: Any, stages: Stages, prediction: str, clock: str, start: Levels, end: Levels) -> list[list[Stage]]:
+    """The stages of the steps from ``start`` (N,) to ``end`` (N,)."""
+    kind, to_clock = PREDICTIONS[prediction], CLOCKS[clock]
+    at = [start]  # the levels at the step's start and at each stage
+    for c, _ in stages:
+        inner = system.sde.inverse_half_log_snr(torch.lerp(start.lam, end.lam, c)) if c < 1 else end.time
+        at.append(system.levels(inner))
+    scale = torch.stack([kind.scale(lv.alpha, lv.sigma) for lv in at[:-1]], dim=1)
+    place = torch.stack([to_clock(system, lv.lam) for lv in at[:-1]], dim=1)
+    columns = []
+    for j, (_, uses) in enumerate(stages):
+        whole, last = integrand(kind, system.churn, start, at[j + 1]), integrand(kind, system.churn, at[j], at[j + 1])
+        weights = torch.zeros(len(start.lam), j + 1, dtype=torch.float64)
+        weights[:, uses] = interpolate(whole.kernel, to_clock(system, whole.at), place[:, uses]) * scale[:, uses]
+        mix = kind.mix(at[j].alpha, at[j].sigma)
+        numbers = (y.tolist() for y in (mix, whole.linear, weights, last.linear, last.std))
+        columns.append(map(Stage, at[j].time.unbind(), *numbers))
+    return [list(step) for step in zip(*columns, strict=True)]
+
+
+def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
+    """All stages of one step."""
+    steps, i = state
+    return _stages(system, x, noise, steps[i]), State(steps, i + 1)
+
+
+def _stages(system: Any, x: Tensor, noise: Any, stages: list[Stage]) -> Tensor:
+    predictions: tuple[Tensor, ...] = ()
+    y, drawn = x, None
+    for stage in stages:
+        score = system.score(y, stage.time)
+        predictions += (torch.add(score, y, alpha=stage.mix) if stage.mix else score,)
+        y = weighted(x, stage.linear, predictions, stage.weights)
+        if stage.std:
+            fresh = noise.normal().mul_(stage.std)
+            drawn = fresh if drawn is None else fresh.add_(drawn, alpha=stage.carry)
+        if drawn is not None:
+            y.add_(drawn)
+    return y
+
+
+# Euler in d(x/alpha)/d(sigma/alpha) = eps, and the trapezium: Heun's method in the frame of Karras et al. 2022.
+_HEUN = ((1.0, (0,)), (1.0, (0, 1)))
+
+
+def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: float = 1.0) -> StepRule:
+    """Heun's method with churn: each step first adds noise, up to a higher level, then solves the flow from there.
+
+    In the frame x/alpha with levels r = sigma/alpha:  r' = (1 + g) r  with  g = min(churn/N, sqrt(2) - 1) where
+    low <= r <= high, else 0;  x' = x + inflate sqrt(r'^2 - r^2) z;  Heun from r' to the next level. Karras et al. 2022,
+    algorithm 2, with S_churn, S_tmin, S_tmax, S_noise in this order; the defaults are theirs for ImageNet-64 but for
+    inflate, where their 1.003 makes up for a network that removes too much noise, and is wrong for an exact score.
+    Where r' would lie above the process's highest level (in the first step) it is that level. churn = 0 is algorithm 1.
+    Raises ValueError for a negative churn, inflate <= 0 and unless 0 <= low < high.
+    """
+    churn, low = _checks.positive(churn, "churn", zero=True), _checks.positive(low, "low", zero=True)
+    high, inflate = _checks.positive(high, "high"), _checks.positive(inflate, "inflate")
+    if low >= high:
+        raise ValueError(f"low must be below high, got {low:g} and {high:g}")
+
+    def begin(system: Any, times: list[float]) -> tuple[list[tuple[float, float]], State]:
+        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
+        r = torch.exp(-start.lam)
+        more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
+        top = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
+        lam = torch.maximum(start.lam - more.log1p(), top.lam)
+        raised = start
+        if churn:
+            raised = system.levels(torch.where(lam < start.lam, system.sde.inverse_half_log_snr(lam), start.time))
+        scale = raised.alpha / start.alpha
+        std = inflate * raised.alpha * (torch.exp(-2 * raised.lam) - torch.exp(-2 * start.lam)).clamp_min(0).sqrt()
+        rows = tabulate(system, _HEUN, "eps", "karras", raised, end)
+        return list(zip(scale.tolist(), std.tolist(), strict=True)), State(rows, 0)
+
+    def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        rise, (steps, i) = state
+        scale, std = rise[i]
+        if std:
+            x = torch.add(scale * x, noise.normal(), alpha=std)
+        return _stages(system, x, noise, steps[i]), (rise, State(steps, i + 1))
+
+    return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0)
+
+
+def restart(
+    rule: StepRule | None = None, low: float = 0.06, high: float = 0.3, repeats: int = 2, steps: int = 3
+) -> StepRule:
+    """A rule that, once it has passed the level ``low`` of sigma/alpha, goes back ``repeats`` times: exact noise up
+    to the level ``high``, then ``rule`` down again in ``steps`` steps (Karras grid). Xu et al. 2023, algorithm 1.
+
+    ``rule`` solves the flow; ``edm(churn=0)`` unless given. Its history, if any, starts afresh after each return.
+    Costs repeats * steps more of its steps, once in a run. Raises ValueError where the grid does not pass ``low``,
+    unless 0 < low < high, and for high above the process's highest level.
+    """
+    rule = edm(churn=0.0) if rule is None else rule
+    low, high = _checks.positive(low, "low"), _checks.positive(high, "high")
+    repeats, steps = _checks.count(repeats, "repeats"), _checks.count(steps, "steps")
+    if low >= high:
+        raise ValueError(f"low must be below high, got {low:g} and {high:g}")
+
+    def begin(system: Any, times: list[float]) -> Any:
+        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        r = torch.exp(-lv.lam)
+        if not r[-1] <= low < r[0]:
+            ends = f"{float(r[0]):g} to {float(r[-1]):g}"
+            raise ValueError(f"low must be a level that the grid passes, from sigma/alpha = {ends}, got {low:g}")
+        i = int((r <= low).nonzero()[0])
+        top = math.exp(-float(system.levels(torch.tensor([system.sde.T], dtype=torch.float64)).lam))
+        if high > top:
+            raise ValueError(f"high must be at most {top:g}, the process's highest sigma/alpha, got {high:g}")
+        levels = torch.linspace(high ** (1 / 7), float(r[i]) ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
+        inner = system.levels(system.sde.inverse_half_log_snr(-levels.log()))
+        down = [*inner.time.tolist()[:-1], times[i]]
+        scale = float(inner.alpha[0] / lv.alpha[i])
+        std = float(inner.alpha[0]) * math.sqrt(float(levels[0] ** 2 - r[i] ** 2))
+        main = rule.begin(system, times[: i + 1])
+        rest = rule.begin(system, times[i:]) if i + 1 < len(times) else None
+        return times[i], scale, std, down, rule.begin(system, down), rest, main
+
+    def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        turn, scale, std, down, again, rest, main = state
+        x, main = rule(system, x, t, s, noise, main)
+        if s == turn:
+            for _ in range(repeats):
+                x, inner = torch.add(scale * x, noise.normal(), alpha=std), again
+                for u, v in pairwise(down):
+                    x, inner = rule(system, x, u, v, noise, inner)
+            main = rest
+        return x, (turn, scale, std, down, again, rest, main)
+
+    return StepRule(
+        take, rule.evaluations, rule.order, begin=begin, extra=repeats * steps * rule.evaluations,
+        weak_order=rule.weak_order, noisy=True,
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""The comparison with other libraries counts what it says, and says what is missing."""
+
+import csv
+import importlib.util
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import order
+import peer_samplers
+import peers
+
+from sdekit import SAMPLERS, GaussianMixture, HeatODE
+from tests import oracle
+
+ROWS = ("dpmpp_2m", "heun", "rk4")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A few rows of ours, torchdiffeq's (a dependency of the library), no adaptive ones, and few samples."""
+    monkeypatch.setattr(peers, "deterministic", lambda: list(ROWS))
+    monkeypatch.setattr(order, "deterministic", lambda: ["ddim", "dpmpp_2m"])
+    fixed = {name: peer for name, peer in peer_samplers.FIXED.items() if peer.package == "torchdiffeq"}
+    monkeypatch.setattr(peer_samplers, "FIXED", fixed)
+    monkeypatch.setattr(peer_samplers, "TOLERANCES", (1e-2,))
+    monkeypatch.setattr(peers, "SIZES", {"grid2": 16})
+    monkeypatch.setattr(peers, "calibrated", lambda problem, nfe: None)
+
+
+@pytest.fixture
+def not_installed(monkeypatch):
+    """As if diffusers and torchode were not there, whatever is."""
+    find = importlib.util.find_spec
+    gone = ("diffusers", "torchode")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest)
+    )  # fmt: skip
+
+
+def test_the_comparison_end_to_end(few, not_installed, tmp_path, capsys):
+    peers.main(["--nfe", "5", "10", "--no-overhead", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for name in ("diffusers", "torchode"):
+        assert f'{name} is not installed, its rows are missing: pip install -e ".[peers]"' in printed
+    assert "azula and k-diffusion have no rows" in printed
+    assert "| **best of peers** |" in printed
+    assert "| **best of ours on fixed grids** |" in printed
+    assert "adaptive, rk45: " in printed
+    rows = list(csv.DictReader((tmp_path / "peers.csv").open(encoding="utf-8")))
+    fixed = [row for row in rows if row["budget"] != "0"]
+    assert {row["sampler"] for row in fixed} == {*ROWS, *(f"torchdiffeq {m}" for m in ("euler", "midpoint", "rk4"))}
+    assert all(0 < int(row["nfe"]) <= int(row["budget"]) for row in fixed)
+    used = {(row["sampler"], row["budget"]): int(row["nfe"]) for row in fixed}
+    assert used["dpmpp_2m", "10"] == used["torchdiffeq euler", "10"] == 10
+    assert used["heun", "10"] == used["torchdiffeq midpoint", "10"] == 9  # an odd number: two a step, the denoising
+    assert (tmp_path / "peers_grid2.png").stat().st_size > 20_000
+
+
+def test_an_entry_is_what_an_independent_run_gives():
+    """Euler on Karras's levels in NumPy, from the protocol's noises, and a peer's on the same."""
+    problem = peers.make_problem("grid2", 8)
+    mixture, n = oracle.grid25(), 6
+    start = 80 * torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
+    levels = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)] + [0.0]
+    y = start.numpy()
+    for s, after in itertools.pairwise(levels):
+        y = y + (after - s) * (y - mixture.denoise(y, s)) / s
+    expected = oracle.error(y, mixture.flow(start.numpy(), 80.0, 0.0, rtol=1e-10, atol=1e-11))
+    for entry in (
+        peers.ours(problem, "ddim", "karras", n), peers.peer(problem, "torchdiffeq euler", "karras", n)
+    ):  # fmt: skip
+        assert entry.error == pytest.approx(expected, rel=1e-6)
+        assert (entry.nfe, entry.nfe_per_sample) == (n, n)
+
+
+def test_budgets():
+    problem = peers.make_problem("grid2", 4)
+    assert peers.ours(problem, "rk4", "karras", 4) is None  # a step and the denoising take five
+    assert peers.peer(problem, "torchdiffeq rk4", "karras", 4) is None
+
+    def greedy(score):
+        for _ in range(3):
+            x = score(problem.start, torch.tensor(1.0, dtype=torch.float64))
+        return x
+
+    with pytest.raises(RuntimeError, match="greedy took 3 evaluations in the column of 2"):
+        peers.counted_run(problem, "ours", "greedy", "karras", 2, greedy)
+
+
+def test_breakdowns_never_win():
+    def entry(side, sampler, budget, error):
+        return peers.Entry("p", side, sampler, "karras", budget, budget, budget, error)
+
+    entries = [entry("ours", "a", 5, math.nan), entry("ours", "b", 5, 0.5), entry("peers", "c", 5, 0.25)]
+    text = peers.table(entries, [5])
+    assert "| **best of ours on fixed grids** | | 0.5 |" in text
+    assert text.index("sdekit b") < text.index("sdekit a")
+    assert "calibrated: not measured" in text
+
+
+def test_calibrations_are_for_the_budget_and_counted(monkeypatch):
+    problem, asked = peers.make_problem("grid2", 4), []
+
+    def calibrate(sde, score, shape, *, nfe, seed):
+        asked.append((tuple(shape), nfe, seed))
+        score(problem.start, torch.tensor(1.0, dtype=torch.float64))  # its own evaluations are not the sampler's
+        return "ddim"
+
+    monkeypatch.setattr(peers.sdekit, "calibrate", calibrate, raising=False)
+    monkeypatch.setattr(peers, "sample", lambda sde, score, shape, calibration, x_T: score(x_T, torch.tensor(1.0)))
+    entry = peers.calibrated(problem, 5)
+    assert (asked, entry.side, entry.budget, entry.nfe) == ([((4, 2), 5, 0)], "calibrated", 5, 1)
+    assert peers.calibrated(problem, peers.CALIBRATED_UP_TO + 1) is None
+
+
+@pytest.mark.parametrize("name", peer_samplers.FIXED)
+def test_peers_converge_and_end_at_zero(name):
+    """Those that are installed: the levels reach them, so many steps come near to the flow, within the count."""
+    chosen = peer_samplers.FIXED[name]
+    if not peer_samplers.available(chosen.package):
+        pytest.skip(f"{chosen.package} is not installed")
+    problem = peers.make_problem("grid2", 8)
+    few_steps, many = (peers.peer(problem, name, "karras", nfe) for nfe in (21, 241))
+    assert (many.nfe - 1) % chosen.evaluations == 0
+    assert many.error < 0.5 * few_steps.error
+    assert many.error < 0.02
+
+
+def test_order_of_two_rows(few, not_installed, tmp_path, capsys):
+    order.main(["--steps", "40", "80", "160", "--samples", "16", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "diffusers is not installed" in printed
+    rows = {row["sampler"]: row for row in csv.DictReader((tmp_path / "order.csv").open(encoding="utf-8"))}
+    for name, expected in (("sdekit ddim", 1), ("sdekit dpmpp_2m", 2), ("torchdiffeq midpoint", 2)):
+        assert int(rows[name]["claimed"]) == expected
+        assert float(rows[name]["measured"]) == pytest.approx(expected, abs=0.15)
+    assert int(rows["sdekit ddim"]["claimed"]) == SAMPLERS["ddim"].rule.order
+
+
+def test_order_marks_what_stays_below_its_claim():
+    assert order.measured((10, 20, 40), [1.0, 0.25, 0.0625]) == pytest.approx(2)
+    assert math.isnan(order.measured((10, 20), [1.0, math.inf]))
+    found = [{"sampler": "a", "claimed": 2, "measured": 1.8, "below": True, "error at 10": 1.0}]
+    assert "| a | 2 | 1.80 | below the claim by more than 0.1 | 1 |" in order.table(found)
+
+
+def test_the_peers_denoiser_is_the_oracles():
+    mixture = oracle.grid25()
+    counted = peers.Counted(GaussianMixture(mixture.m, mixture.covs, mixture.w).score(HeatODE()))
+    y, levels = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), [0.1, 0.5, 2.0]
+    each = peers.denoiser(counted)(y, torch.tensor(levels, dtype=torch.float64))
+    for row, s in enumerate(levels):
+        np.testing.assert_allclose(
+            each[row : row + 1].numpy(), mixture.denoise(y[row : row + 1].numpy(), s), atol=1e-10
+        )
+    assert (counted.calls, counted.rows) == (1, 3)
+
+
+def test_overhead_of_a_peer(monkeypatch):
+    monkeypatch.setattr(peers.overhead, "SHAPES", ((1, 4),))
+    monkeypatch.setattr(peers, "SAMPLERS", {"ddim": SAMPLERS["ddim"]})
+    monkeypatch.setattr(peers, "PEER_LOOPS", ("torchdiffeq euler", "torchsde euler"))
+    rows = peers.overhead_rows(turns=1, quick=True)
+    assert [row["sampler"] for row in rows] == ["sdekit ddim", "torchdiffeq euler", "torchsde euler"]
+    assert all(row["(1, 4)"] > 0 for row in rows)
+    assert "| torchsde euler (bare loop with randn) | " in peers.overhead_table(rows)
