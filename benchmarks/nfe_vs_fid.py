@@ -1,12 +1,15 @@
 """How good are the samples after N network evaluations?
 
-    python benchmarks/nfe_vs_fid.py            # the bundled digits, about three minutes on two cores
-    python benchmarks/nfe_vs_fid.py --full     # more samples and columns, the README's table: under twenty minutes
+    python benchmarks/nfe_vs_fid.py            # the bundled digits, a few minutes on two cores
+    python benchmarks/nfe_vs_fid.py --full     # every sampler, and PC at 2,000 evaluations: under an hour
 
-Every sampler starts from the same noise per seed. The real images are split into two random halves per seed: samples,
-clamped to the images' range, are compared with one half; the floor compares as many images of the other half with it.
-The distance is biased upwards by few images, but equally so for both. The bundled model saw both halves, so a good
-sampler may come out a little below the floor.
+Every sampler starts from the same noise per seed. "clipped" is static thresholding of x_0, at every evaluation.
+"calibrated" is fitted to the model by sdekit.calibrate on other noises, without clipping; the fits for the bundled
+model lie in benchmarks/results/calibrations and are made anew where they are missing or with --recalibrate.
+
+The real images are split into two random halves per seed: samples, clamped to the images' range, are compared with one
+half; the floor compares as many images of the other half with it. The distance is biased upwards by few images, but
+equally so for both. The bundled model saw both halves, so a good sampler may come out a little below the floor.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import image_data
 import torch
@@ -23,13 +27,26 @@ from nfe_vs_fid_figure import Entry, Table, draw
 from torch import Tensor
 from tqdm import tqdm
 
-from sdekit import SolverError, ode_sample, sample
+from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibration, ode_sample, sample, static_threshold
 from sdekit.metrics import frechet_distance
 
-FEW = ("dpmpp_2m", "ddim", "heun")  # no noise: made for few evaluations
-MANY = ("ancestral", "euler_maruyama", "pc")  # noise in every step
-COLUMNS = {"quick": ((5, 8, 10, 20), (20, 50)), "full": ((5, 6, 8, 10, 15, 20, 50), (50, 100))}
-SHOWN = (5, 10, 20)  # rows of samples in the figure
+CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
+SHOWN = (5, 6, 10)  # rows of samples in the figure
+QUICK = {  # budgets -> samplers
+    (5, 6, 10, 20): ("dpmpp_2m", "ipndm", "flow_3m", "ddim", "heun"),
+    (5, 10): ("dpmpp_2m, clipped", "flow_3m, clipped"),
+    (5, 6, 8, 10): ("calibrated",),
+    (20, 50): ("sa_solver", "ancestral", "pc"),
+}
+_FLOW = tuple(name for name, row in SAMPLERS.items() if not row.stochastic and name not in ("euler", "rk4"))
+_NOISY = tuple(name for name, row in SAMPLERS.items() if row.stochastic and name != "pc")
+FULL = {
+    (5, 6, 8, 10, 20): _FLOW,
+    (5, 10): tuple(f"{name}, clipped" for name in _FLOW),
+    (5, 6, 8, 10): ("calibrated", "calibrated, clipped"),
+    (20, 50): _NOISY,
+    (50, 2000): ("pc",),
+}
 
 
 class Counted:
@@ -46,9 +63,27 @@ class Counted:
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int]]:
     """(sampler, budget) pairs; 0 stands for an adaptive method, which decides itself."""
-    few, many = COLUMNS["full" if options.full else "quick"]
-    runs = [(name, nfe) for name in FEW for nfe in few] + [(name, nfe) for name in MANY for nfe in many]
-    return [*runs, ("rk45", 0)]
+    chosen = FULL if options.full else QUICK
+    runs = [(name, nfe) for budgets, names in chosen.items() for name in names for nfe in budgets] + [("rk45", 0)]
+    return [(name, nfe) for name, nfe in runs if not options.only or name in options.only]
+
+
+def calibrations(problem: Problem, options: argparse.Namespace) -> dict[int, Calibration]:
+    """The fits of every budget that the plan asks for."""
+    found = {}
+    for nfe in sorted({nfe for name, nfe in plan(options) if name.startswith("calibrated")}):
+        made = options.out / "calibrations" / f"{options.dataset}_{nfe}.json"
+        kept = CALIBRATIONS / made.name
+        if options.checkpoint is None and options.dataset == "digits" and kept.is_file() and not options.recalibrate:
+            found[nfe] = load_calibration(kept)
+            continue
+        found[nfe] = calibrate(
+            problem.sde, problem.score, (1, *problem.images.shape[1:]), nfe=nfe, seed=1000, progress=True
+        )
+        made.parent.mkdir(parents=True, exist_ok=True)
+        found[nfe].save(made)
+        print(f"calibrated for {nfe}: RMS to the flow {found[nfe].start_error:.3g} -> {found[nfe].error:.3g}; {made}")
+    return found
 
 
 def halves(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:
@@ -58,42 +93,64 @@ def halves(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:
     return features[order[: len(order) // 2]], features[order[len(order) // 2 :]]
 
 
-def draw_samples(problem: Problem, name: str, nfe: int, x_T: Tensor, seed: int) -> tuple[Tensor, int]:
+def draw_samples(
+    problem: Problem, name: str, nfe: int, x_T: Tensor, seed: int, fits: dict[int, Calibration]
+) -> tuple[Tensor, int]:
     """Samples of one sampler from the noise x_T, and the evaluations that they took."""
-    score = Counted(problem.score)
-    if name == "rk45":
+    score: Any = Counted(problem.score)
+    counted, (name, *clipped) = score, name.split(", ")
+    if clipped:
+        score = static_threshold(problem.sde, score, (-1.0, 1.0))
+    if name == "calibrated":
+        images = sample(problem.sde, score, x_T.shape, fits[nfe], x_T=x_T)
+    elif name == "rk45":
         images = ode_sample(problem.sde, score, x_T.shape, x_T=x_T, seed=seed, rtol=1e-3, atol=1e-3)
     else:
         images = sample(problem.sde, score, x_T.shape, name, nfe=nfe, x_T=x_T, seed=seed)
-    return images.clamp(-1, 1), score.calls
+    return images.clamp(-1, 1), counted.calls
 
 
-def measure(problem: Problem, options: argparse.Namespace) -> tuple[list[dict], dict[tuple[str, int], Tensor]]:
-    """One row per sampler, budget and seed (and the floor's); and a few samples of each for the figure."""
-    rows: list[dict] = []
-    shown: dict[tuple[str, int], Tensor] = {}
+def measure(
+    problem: Problem, options: argparse.Namespace, rows: list[dict], fits: dict[int, Calibration]
+) -> list[dict]:
+    """One row per sampler, budget and seed (and the floor's), after those that are there already."""
+    rows, have = list(rows), {(row["sampler"], row["budget"], row["seed"]) for row in rows}
     runs = plan(options)
-    event = problem.images.shape[1:]
     work = tqdm(total=options.seeds * sum(nfe or 130 for _, nfe in runs), unit="evaluation", smoothing=0)
     for seed in range(options.seeds):
         reference, others = halves(problem, seed)
-        x_T = problem.sde.prior_sample((options.samples, *event), seed=seed)
-        distance = frechet_distance(others[: options.samples], reference)
-        rows.append({"sampler": "real", "budget": 0, "nfe": 0, "seed": seed, "distance": distance})
+        x_T = problem.sde.prior_sample((options.samples, *problem.images.shape[1:]), seed=seed)
+        if ("real", 0, seed) not in have:
+            distance = frechet_distance(others[: options.samples], reference)
+            rows.append({"sampler": "real", "budget": 0, "nfe": 0, "seed": seed, "distance": distance})
         for name, nfe in runs:
             work.set_description(f"seed {seed}, {name} {nfe or ''}")
+            work.update(nfe or 130)
+            if (name, nfe, seed) in have:
+                continue
             try:
-                images, calls = draw_samples(problem, name, nfe, x_T, seed)
+                images, calls = draw_samples(problem, name, nfe, x_T, seed, fits)
                 distance = frechet_distance(problem.extractor(images), reference)
             except (FloatingPointError, SolverError) as error:
                 work.write(f"{name} at {nfe}: {error}")
-                images, calls, distance = torch.full_like(x_T, torch.nan), nfe, float("nan")
+                calls, distance = nfe, float("nan")
             rows.append({"sampler": name, "budget": nfe, "nfe": calls, "seed": seed, "distance": distance})
-            if seed == 0:
-                shown[name, nfe] = images[:8].clone()
-            work.update(nfe or 130)
     work.close()
-    return rows, shown
+    return rows
+
+
+def earlier(path: Path, problem: Problem, options: argparse.Namespace) -> list[dict]:
+    """The rows of an earlier run of the same protocol, with --resume."""
+    if not options.resume or not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [
+            {"sampler": row["sampler"], "budget": int(row["budget"]), "nfe": int(row["nfe"]), "seed": int(row["seed"]),
+             "distance": float(row["distance"])}
+            for row in csv.DictReader(file)
+            if int(row["samples"]) == options.samples and row["metric"] == problem.metric
+        ]  # fmt: skip
+    return [row for row in rows if row["seed"] < options.seeds]
 
 
 def summarise(rows: list[dict]) -> Table:
@@ -121,7 +178,10 @@ def show(table: Table) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all columns, and as many samples as the protocol asks")
+    parser.add_argument("--full", action="store_true", help="every sampler, and predictor-corrector at 2,000")
+    parser.add_argument("--only", nargs="+", metavar="SAMPLER", help="these rows of the plan alone")
+    parser.add_argument("--resume", action="store_true", help="keep the entries that the CSV in --out already holds")
+    parser.add_argument("--recalibrate", action="store_true", help="fit the calibrated sampler anew")
     parser.add_argument("--samples", type=int, help="images per sampler, budget and seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dataset", choices=("digits", "fashion-mnist"), default="digits")
@@ -144,7 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--data is for --dataset fashion-mnist; the digits come with scikit-learn")
     most = {"digits": 898, "fashion-mnist": 5000}[options.dataset]  # half of the real images
     if options.samples is None:
-        options.samples = min(most, 600 if options.full else 300)
+        options.samples = min(most, 300)
     if options.samples > most:
         parser.error(f"--samples must be at most {most}, half of the real images, for a floor of as many")
     return options
@@ -168,17 +228,27 @@ def main(arguments: list[str] | None = None) -> None:
         f"{type(problem.sde).__name__}, the library's grids, final denoising counted; torch {torch.__version__}\n"
     )
     start = time.perf_counter()
-    rows, shown = measure(problem, options)
+    name = f"nfe_vs_fid_{options.dataset}" + ("_inception" if options.inception_weights else "")
+    fits = calibrations(problem, options)
+    rows = measure(problem, options, earlier(options.out / f"{name}.csv", problem, options), fits)
     table = summarise(rows)
     show(table)
-    name = f"nfe_vs_fid_{options.dataset}" + ("_inception" if options.inception_weights else "")
     with open(options.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], "samples", "metric"])
         writer.writeheader()
         writer.writerows({**row, "samples": options.samples, "metric": problem.metric} for row in rows)
-    # The best at 10 evaluations is the one to show at few.
-    best = min((n for n in FEW if n in table), key=lambda n: (math.isnan(table[n][10].mean), table[n][10].mean))
-    pictures = {"real": problem.images[:8]} | {f"{nfe} evaluations": shown[best, nfe] for nfe in SHOWN}
+    # The best at the fewest evaluations is the one to show.
+    few = min((nfe for row in table.values() for nfe in row if nfe), default=0)
+    best = min(
+        (n for n in table if few in table[n]), key=lambda n: (math.isnan(table[n][few].mean), table[n][few].mean)
+    )
+    x_T = problem.sde.prior_sample((8, *problem.images.shape[1:]), seed=0)
+    pictures = {"real": problem.images[:8]}
+    for nfe in (nfe for nfe in SHOWN if nfe in table[best]):
+        try:
+            pictures[f"{nfe} evaluations"] = draw_samples(problem, best, nfe, x_T, 0, fits)[0]
+        except FloatingPointError:
+            pictures[f"{nfe} evaluations"] = torch.full_like(x_T, -1.0)
     draw(options.out / f"{name}.png", table, problem.metric, options, best, pictures)
     print(f"\n{time.perf_counter() - start:.0f} s; {options.out / name}.csv and .png")
 

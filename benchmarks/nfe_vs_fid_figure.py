@@ -29,14 +29,17 @@ Table = dict[str, dict[int, Entry]]  # sampler -> budget -> entry; "real" is the
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers tell them apart in print.
 STYLES = {
-    "dpmpp_2m": ("#0072B2", "o", "-"),
-    "ddim": ("#D55E00", "s", "-"),
-    "heun": ("#009E73", "^", "-"),
-    "ancestral": ("#CC79A7", "D", "--"),
-    "euler_maruyama": ("#56B4E9", "P", "--"),
+    "calibrated": ("#D55E00", "o", "-"),
+    "flow_3m": ("#0072B2", "s", "-"),
+    "ipndm": ("#009E73", "^", "-"),
+    "dpmpp_2m": ("#56B4E9", "v", "-"),
+    "ddim": ("#E69F00", "<", "-"),
+    "sa_solver": ("#CC79A7", "D", "--"),
+    "ancestral": ("#8C6BB1", "P", "--"),
     "pc": ("#555555", "X", "--"),
     "rk45": ("#000000", "*", "-"),
 }
+OTHERS = ("#bbbbbb", ".", "-")  # all rows that have no style of their own: thin, behind, and one label for all
 
 
 def draw(
@@ -52,16 +55,22 @@ def draw(
     left.axhline(floor.mean, color="#777777", lw=1)
     samplers = {name: row for name, row in table.items() if name != "real"}
     for name, row in samplers.items():
-        colour, marker, line = STYLES[name]
+        own = name in STYLES
+        colour, marker, line = STYLES.get(name, OTHERS)
         entries = [row[budget] for budget in sorted(row) if not math.isnan(row[budget].mean)]
         if not entries:
             continue
         x, y = [e.nfe for e in entries], [e.mean for e in entries]
         up = [0.0 if math.isnan(e.spread) else e.spread for e in entries]
         down = [min(u, 0.9 * v) for v, u in zip(y, up, strict=True)]  # a bar below 0 has no place on a log axis
-        size = 13 if marker == "*" else 6
-        left.errorbar(x, y, yerr=[down, up], color=colour, marker=marker, ls=line, ms=size, lw=1.8, capsize=2.5,
-                      elinewidth=1, label=name, markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+        if not own:
+            left.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=0.8, zorder=1)
+            continue
+        size, width = (13, 1.8) if marker == "*" else (9, 3) if name == "calibrated" else (6, 1.8)
+        left.errorbar(x, y, yerr=[down, up], color=colour, marker=marker, ls=line, ms=size, lw=width, capsize=2.5,
+                      elinewidth=1, zorder=3, label=name, markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+    if set(samplers) - set(STYLES):
+        left.plot([], [], color=OTHERS[0], marker=OTHERS[1], lw=0.8, label="other rows, clipped ones")
     left.set_xscale("log")
     left.set_yscale("log")
     columns = sorted({budget for row in samplers.values() for budget in row})
@@ -93,6 +102,7 @@ def _keep_in_view(axes: matplotlib.axes.Axes, samplers: Table, floor: float) -> 
     above = {
         name: [f"{row[budget].nfe:g}: {row[budget].mean:.2g}" for budget in sorted(row) if row[budget].mean > top]
         for name, row in samplers.items()
+        if name in STYLES
     }
     lines = [f"{name} lies above the axis ({', '.join(points)})" for name, points in above.items() if points]
     if lines:

@@ -11,10 +11,12 @@ it is the denoised value by their first-order formula, but bh1 and DEIS come to 
 IPNDM has order 4 only, with the coefficients of equal steps, whatever the levels are. EDMEulerScheduler computes in
 float32. torchdiffeq: Euler, midpoint and RK4 on  dy/ds = (y - E[x0|y])/s  with the given levels as its times, then
 the denoised value as the step to 0; in log s they are worse by far at these counts. Its adaptive solver and torchode's
-only know the first and the last positive level.
+only know the first and the last positive level. azula: its VESchedule between the ends of the levels, and the times
+at which that has them; its samplers take the logarithm of each level, so the step to 0 is the denoised value.
 
-Not here: azula and k-diffusion, which both require torchvision; diffusers' SA-Solver and SDE samplers, which draw
-noise; its PNDM, which warms up by Runge-Kutta at levels between the given ones.
+Not here: k-diffusion, whose modules import torchvision; diffusers' SA-Solver and SDE samplers, which draw noise; its
+PNDM, which warms up by Runge-Kutta at levels between the given ones; of azula, what is its DDIM again: Euler, Ito
+without noise, PC without noise (at twice the evaluations), and order 1 of zAB, vAB, zEAB and xEAB.
 """
 
 import importlib.util
@@ -28,10 +30,13 @@ from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
-# package -> what it is needed for. All of them come with the extra "peers".
-PACKAGES = ("diffusers", "torchdiffeq", "torchode", "torchsde")
-INSTALL = 'pip install -e ".[peers]"'
-EXCLUDED = "azula and k-diffusion have no rows: both require torchvision, which the extra does not bring"
+EXTRA = 'pip install -e ".[peers]"'
+# package -> how to get it
+PACKAGES = {
+    **dict.fromkeys(("diffusers", "torchdiffeq", "torchode", "torchsde"), EXTRA),
+    "azula": "pip install --no-deps azula==0.11.1 einops (it pulls torchvision otherwise)",
+}
+EXCLUDED = "k-diffusion has no rows: its modules import torchvision, which is never installed here"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def available(package: str) -> bool:
 
 def missing() -> list[str]:
     """One line for each package that is not installed, and how to get it."""
-    return [f"{name} is not installed, its rows are missing: {INSTALL}" for name in PACKAGES if not available(name)]
+    gone = [name for name in PACKAGES if not available(name)]
+    return [f"{name} is not installed, its rows are missing: {PACKAGES[name]}" for name in gone]
 
 
 def _schedulers() -> Any:
@@ -169,6 +175,39 @@ def lms(denoise: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
     return y
 
 
+def azula_sampler(
+    name: str, mean: Denoiser, schedule: Any, times: Tensor, **settings: Any
+) -> Callable[[Tensor], Tensor]:
+    """A sampler of azula at the given times, with ``mean(x, t)`` as its denoiser."""
+    from azula import denoise, sample
+
+    class Network(denoise.Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = schedule
+
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return denoise.DiracPosterior(mean(x, t))
+
+    kind = type(name, (getattr(sample, name),), {"timesteps": times})  # there it is a property, of equal steps
+    return kind(Network(), silent=True, **settings)
+
+
+def azula(name: str, **settings: Any) -> Callable[[Denoiser, Tensor, Tensor], Tensor]:
+    def run(denoise: Denoiser, y: Tensor, levels: Tensor) -> Tensor:
+        from azula.noise import VESchedule
+
+        log, positive = levels[levels > 0].log(), levels[levels > 0]
+        schedule = VESchedule(sigma_min=float(positive[-1]), sigma_max=float(positive[0]))
+        times = (log - log[-1]) / (log[0] - log[-1]) if len(log) > 1 else torch.ones_like(log)
+        sampler = azula_sampler(name, lambda x, t: denoise(x, schedule.sigma(t)), schedule, times, **settings)
+        with torch.random.fork_rng(devices=[]):  # DDIM draws noise to multiply it by 0
+            out = sampler(y)
+        return denoise(out, positive[-1]) if levels[-1] == 0 else out
+
+    return run
+
+
 def torchdiffeq_fixed(method: str) -> Callable[[Denoiser, Tensor, Tensor], Tensor]:
     """The levels are torchdiffeq's times; where they end at 0, that step is the denoising."""
 
@@ -241,6 +280,13 @@ FIXED: dict[str, Peer] = {
     "diffusers Heun": Peer("diffusers", heun, evaluations=2, order=2),
     "diffusers EDM Euler": Peer("diffusers", edm_euler),
     "diffusers DDIM": Peer("diffusers", ddim),
+    "azula DDIM": Peer("azula", azula("DDIMSampler")),
+    "azula Heun": Peer("azula", azula("HeunSampler"), evaluations=2, order=2),
+    **{
+        f"azula {name}{order}": Peer("azula", azula(f"{name}Sampler", order=order), order=order)
+        for name in ("zAB", "vAB", "zEAB", "xEAB", "REAB")
+        for order in (2, 3, 4)
+    },
     "torchdiffeq euler": Peer("torchdiffeq", torchdiffeq_fixed("euler")),
     "torchdiffeq midpoint": Peer("torchdiffeq", torchdiffeq_fixed("midpoint"), evaluations=2, order=2),
     "torchdiffeq rk4": Peer("torchdiffeq", torchdiffeq_fixed("rk4"), evaluations=4, order=4),

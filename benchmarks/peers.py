@@ -1,21 +1,22 @@
 """Error after N network evaluations, and the overhead of a step: these samplers and other libraries', side by side.
 
     pip install -e ".[peers]"
-    python benchmarks/peers.py            # both problems and the overhead: some minutes on one thread
+    python benchmarks/peers.py            # both problems and the overhead: a quarter of an hour on one thread
     python benchmarks/peers.py --quick    # 64 samples, three columns: under a minute
 
 Protocol: the process is  x = x0 + sigma eps  and the data a Gaussian mixture whose denoiser is a closed form, so that
 every difference is the sampler's. All start from one  x_T = 80 randn  in float64 and run to t = 0; the final denoising
 counts. The error is that against the exact flow from x_T (root mean square over dimensions, mean over samples).
 Evaluations are counted at the network; an entry that took fewer than its column says how many, in brackets. Fixed
-grids run from sigma 80 to 0.002, one row per sampler on its better grid; the rows of the best take every column's best.
+grids run from sigma 80 to 0.002, one row per sampler on its best grid (least mean logarithm of the error over columns);
+the rows of the best take every column's best. Peers run on the two grids in common use, ours also on the two of DDIM's
+kind; one more row says what the peers come to on these too. The second table is of samplers of one name on one grid.
 A peer's settings are in peer_samplers.py. All peers see the same closed form as ours.
 """
 
 import argparse
 import csv
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -31,24 +32,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import overhead
 import peer_samplers
-from peers_figure import Entry, draw, overhead_table, table
+from peers_figure import Entry, draw, overhead_table, same_name_table, table
 
-import sdekit
-from sdekit import SAMPLERS, GaussianMixture, HeatODE, SolverError, ode_sample, sample
+from sdekit import SAMPLERS, GaussianMixture, HeatODE, SolverError, calibrate, ode_sample, sample
 from sdekit.grids import make_grid
 from tests import oracle
 
 SIZES = {"digits64": 512, "grid2": 1024}
 COLUMNS = (5, 6, 8, 10, 12, 15, 20, 30, 50)
-GRIDS = ("karras", "log_snr")
+GRIDS = ("karras", "log_snr", "vp_quadratic", "vp_cubic")
+PEER_GRIDS = GRIDS[:2]
 CALIBRATED_UP_TO = 20  # a grid is worth calibrating where evaluations are few
+SAME_NAME = {
+    "ddim": "diffusers DDIM",
+    "heun": "diffusers Heun",
+    "dpmpp_2m": "diffusers DPM++ 2M",
+    "dpmpp_3m": "diffusers DPM++ 3M",
+    "unipc_2": "diffusers UniPC bh2 2",
+    "unipc_3": "diffusers UniPC bh2 3",
+    "deis": "diffusers DEIS 3",
+    "ipndm": "diffusers IPNDM",  # ours is of order 3, theirs of order 4
+}
 
 DIFFUSERS_STEPS = {  # the pipelines' schedulers, as they come
     "diffusers DDIM": "DDIMScheduler",
     "diffusers DPM++ 2M": "DPMSolverMultistepScheduler",
     "diffusers UniPC": "UniPCMultistepScheduler",
 }
-PEER_LOOPS = (*DIFFUSERS_STEPS, "torchdiffeq euler", "torchsde euler")
+AZULA_STEPS = {"azula DDIM": ("DDIMSampler", {}), "azula xEAB2": ("xEABSampler", {"order": 2})}
+PEER_LOOPS = (*DIFFUSERS_STEPS, *AZULA_STEPS, "torchdiffeq euler", "torchsde euler")
 
 
 class Counted:
@@ -83,10 +95,7 @@ def make_problem(name: str, n: int) -> Problem:
 
 
 def deterministic() -> list[str]:
-    def noisy(name: str) -> bool:
-        return getattr(SAMPLERS[name], "stochastic", SAMPLERS[name].churn > 0 or name == "ancestral")
-
-    return [name for name in SAMPLERS if not noisy(name)]
+    return [name for name, row in SAMPLERS.items() if not row.stochastic]
 
 
 def counted_run(problem: Problem, side: str, sampler: str, grid: str, budget: int, draw: Callable) -> Entry:
@@ -116,9 +125,8 @@ def ours(problem: Problem, name: str, grid: str, nfe: int) -> Entry | None:
 
 
 def calibrated(problem: Problem, nfe: int) -> Entry | None:
-    """Sampling by a calibration for this budget, which saw other noises (seed 0); None while there is none."""
-    calibrate = getattr(sdekit, "calibrate", None)
-    if calibrate is None or nfe > CALIBRATED_UP_TO:
+    """Sampling by a calibration for this budget, which saw other noises (seed 0); None where evaluations are many."""
+    if nfe > CALIBRATED_UP_TO:
         return None
     shape = problem.start.shape
     calibration = calibrate(problem.sde, problem.score, shape, nfe=nfe, seed=0)
@@ -152,7 +160,8 @@ def peer(problem: Problem, name: str, grid: str, nfe: int) -> Entry | None:
     if steps < 1:
         return None
     levels = torch.cat([problem.sde.sigma(make_grid(problem.sde, grid, steps)), torch.zeros(1, dtype=torch.float64)])
-    return counted_run(problem, "peers", name, grid, nfe, driven(problem, chosen.run, levels))
+    side = "peers" if grid in PEER_GRIDS else "peers on our grids"
+    return counted_run(problem, side, name, grid, nfe, driven(problem, chosen.run, levels))
 
 
 @torch.no_grad()
@@ -199,6 +208,16 @@ def scheduler_loop(scheduler: Any, d: Tensor, steps: int) -> Callable[[], object
     return loop
 
 
+def azula_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
+    """A whole run, coefficients included. Its DDIM draws the noise that it then multiplies by zero."""
+    from azula.noise import VPSchedule
+
+    kind, settings = AZULA_STEPS[name]
+    times = torch.linspace(1, 0, steps + 1)
+    sampler = peer_samplers.azula_sampler(kind, lambda x, t: d, VPSchedule(), times, **settings)
+    return lambda: sampler(d)
+
+
 def torchdiffeq_loop(d: Tensor, steps: int) -> Callable[[], object]:
     import torchdiffeq
 
@@ -221,30 +240,28 @@ def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
         import diffusers
 
         return scheduler_loop(getattr(diffusers, DIFFUSERS_STEPS[name])(), d, steps)
+    if name.startswith("azula"):
+        return azula_loop(name, d, steps)
     return (torchsde_loop if name.startswith("torchsde") else torchdiffeq_loop)(d, steps)
-
-
-def ratio(base: Callable[[], object], run: Callable[[], object], turns: int) -> float:
-    """By overhead.py's protocol: the median over turns of the ratio of two neighbours, after one of each unmeasured."""
-    overhead.seconds(base), overhead.seconds(run)
-    pairs = [(overhead.seconds(base), overhead.seconds(run)) for _ in range(turns)]
-    return statistics.median(b / a for a, b in pairs)
 
 
 @torch.no_grad()
 def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
     """The cost of a step beside the network, as ratios to overhead.py's bare loop."""
-    rows = [(f"sdekit {name}", overhead.noisy(name), partial(overhead.ours, name)) for name in SAMPLERS]
+    rows = [
+        (f"sdekit {name}", row.rule.evaluations, row.stochastic, partial(overhead.ours, name))
+        for name, row in SAMPLERS.items()
+    ]
     for name in PEER_LOOPS:
         if peer_samplers.available(name.split()[0]):
-            rows.append((name, name.startswith("torchsde"), partial(peer_loop, name)))
+            rows.append((name, 1, name.startswith("torchsde"), partial(peer_loop, name)))
     found = []
-    for name, noisy, make in rows:
-        row: dict[str, Any] = {"sampler": name, "noise": noisy}
+    for name, evaluations, noisy, make in rows:
+        row: dict[str, Any] = {"sampler": name, "evaluations": evaluations, "noise": noisy}
         for shape in overhead.SHAPES:
             steps = (300 if shape[0] == 1 else 60) // (10 if quick else 1)
             d = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            row[f"{shape}"] = round(ratio(overhead.bare(d, steps, noisy), make(d, steps), turns), 2)
+            row[f"{shape}"] = round(overhead.ratio(overhead.bare(d, steps, noisy), make(d, steps), turns)[0], 2)
         found.append(row)
     return found
 
@@ -279,7 +296,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name in SIZES if options.problem == "both" else (options.problem,):
         problem = make_problem(name, 64 if options.quick else SIZES[name])
         entries = measure(problem, options.nfe)
-        print(f"{name}, {len(problem.start)} samples, torch {torch.__version__}\n\n{table(entries, options.nfe)}\n")
+        print(
+            f"{name}, {len(problem.start)} samples, torch {torch.__version__}\n\n{table(entries, options.nfe)}\n",
+            flush=True,
+        )
+        if names := [pair for pair in SAME_NAME.items() if peer_samplers.available(pair[1].split()[0])]:
+            print(f"{same_name_table(entries, options.nfe, names, PEER_GRIDS)}\n", flush=True)
         draw(options.out / f"peers_{name}.png", name, len(problem.start), entries)
         written += entries
     write(options.out / "peers.csv", [asdict(entry) for entry in written])

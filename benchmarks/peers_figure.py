@@ -15,15 +15,16 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 matplotlib.use("Agg")
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers tell them apart in print.
-OURS = (("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "P"))
+OURS = (("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "D"), ("#E69F00", "^"), ("#56B4E9", "v"))
 PEERS = (("#222222", "o"), ("#444444", "s"), ("#666666", "^"), ("#777777", "D"), ("#888888", "v"), ("#999999", "X"))
 CALIBRATED = ("#D55E00", "*")
+WORSE = 1.02  # two correct samplers of one name differ by less
 WIDEST = 150  # adaptive methods beyond are left out of the figure; the lines below the table have them
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One result: ``side`` is "ours", "peers" or "calibrated"; ``budget`` 0 marks an adaptive method.
+    """One result: ``side`` is "ours", "peers", "peers on our grids" or "calibrated"; ``budget`` 0: an adaptive method.
 
     ``nfe`` counts calls of the network; ``nfe_per_sample`` is less where a method leaves out samples that have arrived.
     """
@@ -45,7 +46,7 @@ def badness(entries: Iterable[Entry]) -> float:
 
 
 def rows_of(entries: list[Entry], side: str) -> dict[str, list[Entry]]:
-    """sampler -> its entries on its better grid, by budget; the best sampler first."""
+    """sampler -> its entries on its best grid, by budget; the best sampler first."""
     rows = {}
     for name in dict.fromkeys(e.sampler for e in entries if e.side == side and e.budget):
         every = [e for e in entries if e.sampler == name and e.side == side and e.budget]
@@ -55,11 +56,11 @@ def rows_of(entries: list[Entry], side: str) -> dict[str, list[Entry]]:
     return dict(sorted(rows.items(), key=lambda item: (-len(item[1]), badness(item[1]))))
 
 
-def best_of(entries: list[Entry], side: str) -> dict[int, Entry]:
-    """budget -> the entry of the smallest error among a side's samplers and grids."""
+def best_of(entries: list[Entry], *sides: str) -> dict[int, Entry]:
+    """budget -> the entry of the smallest error among the sides' samplers and grids."""
     best: dict[int, Entry] = {}
     for e in entries:
-        if e.side == side and e.budget and not math.isnan(e.error):
+        if e.side in sides and e.budget and not math.isnan(e.error):
             best[e.budget] = min(best.get(e.budget, e), e, key=lambda entry: entry.error)
     return best
 
@@ -87,27 +88,49 @@ def table(entries: list[Entry], columns: Iterable[int]) -> str:
             label = f"sdekit {name}" if side == "ours" else name
             lines.append(f"| {label} | {row[0].grid} | " + " | ".join(cell(at.get(n)) for n in columns) + " |")
     notes = []
-    names = {"peers": "best of peers", "ours": "best of ours on fixed grids", "calibrated": "calibrated"}
-    for side, label in names.items():
-        if best := best_of(entries, side):
+    more = "peers on our grids"
+    names = {
+        "best of peers": ("peers",),
+        "best of peers, on all four grids": ("peers", more) if any(e.side == more for e in entries) else (),
+        "best of ours on fixed grids": ("ours",),
+        "calibrated": ("calibrated",),
+    }
+    for label, sides in names.items():
+        if best := best_of(entries, *sides):
             lines.append(f"| **{label}** | | " + " | ".join(cell(best.get(n)) for n in columns) + " |")
-            if side != "calibrated":
+            if label != "calibrated":
                 notes.append(f"{label}: " + "; ".join(f"{n}: {e.sampler} {e.grid}" for n, e in sorted(best.items())))
     if not any(e.side == "calibrated" for e in entries):
-        notes.append("calibrated: not measured (no sdekit.calibrate, or no column of few evaluations)")
+        notes.append("calibrated: not measured (no column of few evaluations)")
     for name in dict.fromkeys(e.sampler for e in entries if not e.budget):
         found = [e for e in entries if e.sampler == name and not e.budget]
         notes.append(f"adaptive, {name}: " + ", ".join(map(reached, found)))
     return "\n".join([*lines, "", *notes])
 
 
+def same_name_table(
+    entries: list[Entry], columns: Iterable[int], names: Iterable[tuple[str, str]], grids: Iterable[str]
+) -> str:
+    """Ratios of our error to that of the peer's sampler of the same name, at equal evaluations on one grid."""
+    columns, grids = list(columns), list(grids)
+    errors = {(e.sampler, e.grid, e.budget): e.error for e in entries}
+    lines = ["| ours / same name | grid | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 2) + "|"]
+    for mine, peer in names:
+        for grid in grids:
+            ratios = [errors.get((mine, grid, n), math.nan) / errors.get((peer, grid, n), math.nan) for n in columns]
+            cells = ["" if math.isnan(r) else f"**{r:.3f}**" if r > WORSE else f"{r:.3f}" for r in ratios]
+            lines.append(f"| {mine} / {peer} | {grid} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"bold: more than {WORSE:g}; our ipndm is of order 3, diffusers' IPNDM of order 4"])
+
+
 def overhead_table(rows: list[dict[str, Any]]) -> str:
-    shapes = [key for key in rows[0] if key not in ("sampler", "noise")]
-    lines = ["| step beside the network, ratio to the bare loop | " + " | ".join(shapes) + " |"]
-    lines.append("|---" * (len(shapes) + 1) + "|")
+    shapes = [key for key in rows[0] if key not in ("sampler", "evaluations", "noise")]
+    lines = ["| step beside the network, ratio to the bare loop | evaluations | " + " | ".join(shapes) + " |"]
+    lines.append("|---" * (len(shapes) + 2) + "|")
     for row in rows:
         noise = " (bare loop with randn)" if row["noise"] else ""
-        lines.append(f"| {row['sampler']}{noise} | " + " | ".join(f"{row[shape]:.2f}" for shape in shapes) + " |")
+        ratios = " | ".join(f"{row[shape]:.2f}" for shape in shapes)
+        lines.append(f"| {row['sampler']}{noise} | {row['evaluations']} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -122,17 +145,21 @@ def draw(path: Path, problem: str, samples: int, entries: list[Entry]) -> None:
     figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     peers, ours = rows_of(entries, "peers"), rows_of(entries, "ours")
-    pale = {"color": "#dddddd", "lw": 0.9, "zorder": 1}
+    pale = {"color": "#e6e6e6", "lw": 0.7, "zorder": 1}
     for i, row in enumerate(list(peers.values())[len(PEERS) :]):
         axes.plot(*curve(row), **pale, label="_" if i else "other peers")
     for i, row in enumerate(list(ours.values())[len(OURS) :]):
-        axes.plot(*curve(row), color="#b5d4e9", lw=0.9, zorder=1.5, label="_" if i else "sdekit, its other samplers")
+        axes.plot(*curve(row), color="#cfe2f0", lw=0.8, zorder=1.5, label="_" if i else "sdekit, its other samplers")
     for (colour, marker), (name, row) in zip(PEERS, peers.items(), strict=False):
         axes.plot(*curve(row), color=colour, marker=marker, mfc="white", ms=5, lw=0.9, zorder=2,
                   label=f"{name}, {row[0].grid}")  # fmt: skip
     for (colour, marker), (name, row) in zip(OURS, ours.items(), strict=False):
         axes.plot(*curve(row), color=colour, marker=marker, ms=6.5, lw=2, zorder=3, mec="white", mew=0.6,
                   label=f"sdekit {name}, {row[0].grid}")  # fmt: skip
+    if any(e.side == "peers on our grids" for e in entries):
+        best = best_of(entries, "peers", "peers on our grids")
+        axes.plot(*curve(list(best.values())), color="#222222", ls=(0, (4, 2)), lw=1.3, zorder=2.5,
+                  label="best of peers on all four grids")  # fmt: skip
     for row in rows_of(entries, "calibrated").values():
         axes.plot(*curve(row), color=CALIBRATED[0], marker=CALIBRATED[1], ms=13, lw=2.6, zorder=4, mec="white",
                   mew=0.8, label="sdekit calibrated")  # fmt: skip
@@ -141,7 +168,7 @@ def draw(path: Path, problem: str, samples: int, entries: list[Entry]) -> None:
         axes.plot(*curve(found), color=colour, marker="x" if side == "peers" else "+", ms=7, mew=1.5, ls="", zorder=2,
                   label=label if found else "_")  # fmt: skip
     _axes(axes, [*list(ours.values())[: len(OURS)], *list(peers.values())[: len(PEERS)]], entries)
-    axes.set_title(f"{problem}, {samples} samples: error against the exact flow, each on its better grid", fontsize=11)
+    axes.set_title(f"{problem}, {samples} samples: error against the exact flow, each on its best grid", fontsize=11)
     figure.legend(*_legend(axes), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
 
@@ -168,8 +195,8 @@ def _axes(axes: Axes, named: list[list[Entry]], entries: list[Entry]) -> None:
     largest = [max(curve(row)[1], default=math.nan) for row in named]
     largest = [value for value in largest if math.isfinite(value)]
     if largest:  # a breakdown of a nameless line must not squeeze the others
-        axes.set_ylim(top=2 * max(largest))
-    axes.set_xlim(right=1.05 * max(ticks))
+        axes.set_ylim(top=1.2 * max(largest))
+    axes.set_xlim(0.94 * min(ticks), 1.05 * max(ticks))
     axes.set_xlabel("network evaluations (the final denoising counted)")
     axes.set_ylabel("error")
     axes.grid(True, which="major", color="#eeeeee", lw=0.6)

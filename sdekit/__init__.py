@@ -1,5 +1,7 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
+from sdekit.calibrate import calibrate
+from sdekit.calibration import Calibration, load_calibration
 from sdekit.grids import GRIDS
 from sdekit.likelihood import Likelihood, log_likelihood
 from sdekit.mixture import GaussianMixture
@@ -14,6 +16,7 @@ from sdekit.solution import Solution, SolverError
 from sdekit.solve import solve
 from sdekit.steppers import StepRule, step_rule
 from sdekit.system import System
+from sdekit.thresholding import dynamic_threshold, static_threshold
 
 __version__ = "0.1.0"
 
@@ -23,6 +26,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "Calibration",
     "GaussianMixture",
     "HeatODE",
     "Likelihood",
@@ -35,11 +39,15 @@ __all__ = [
     "SubVPSDE",
     "System",
     "as_score",
+    "calibrate",
+    "dynamic_threshold",
+    "load_calibration",
     "load_pretrained",
     "log_likelihood",
     "ode_sample",
     "pc_sample",
     "sample",
     "solve",
+    "static_threshold",
     "step_rule",
 ]

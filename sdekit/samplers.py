@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks, backends
+from sdekit.calibration import Calibration
 from sdekit.grids import Grid, make_grid
 from sdekit.noise import Noise
 from sdekit.sde import SDE
@@ -100,7 +101,7 @@ def sample(
     sde: SDE,
     score: Score,
     shape: Sequence[int],
-    sampler: str | Sampler | StepRule = "dpmpp_2m",
+    sampler: str | Sampler | StepRule | Calibration = "dpmpp_2m",
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -114,7 +115,8 @@ def sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
 ) -> Tensor:
-    """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler or a step rule.
+    """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler, a step rule, or what
+    :func:`calibrate` made for this model (which has its own steps and grid).
 
     A bare step rule runs on the probability flow; ``Sampler(rule, churn=1.0)`` puts it on the reverse SDE.
     ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
@@ -129,6 +131,12 @@ def sample(
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
     """
     _checks.instance(sde)
+    if isinstance(sampler, Calibration):
+        sampler.check(sde)
+        if steps is not None or grid is not None:
+            raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
+        grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
+        x_T = None if x_T is None else x_T * sampler.scale
     row = _sampler(sampler)
     system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)
@@ -227,6 +235,8 @@ def ode_sample(
 def _sampler(sampler: Any) -> Sampler:
     if isinstance(sampler, Sampler):
         return sampler
+    if isinstance(sampler, Calibration):
+        return Sampler(sampler.rule)
     if not isinstance(sampler, str):
         return Sampler(as_rule(sampler))
     if sampler in ADAPTIVE:

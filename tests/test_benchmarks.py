@@ -18,12 +18,12 @@ import image_data
 import nfe_vs_fid
 import overhead
 
+from sdekit import SAMPLERS
+
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(nfe_vs_fid, "COLUMNS", {"quick": ((5, 10, 20), ()), "full": ((), ())})
-    monkeypatch.setattr(nfe_vs_fid, "FEW", ("dpmpp_2m", "heun"))
-    monkeypatch.setattr(nfe_vs_fid, "MANY", ())
+    monkeypatch.setattr(nfe_vs_fid, "QUICK", {(5, 10, 20): ("dpmpp_2m", "heun"), (5,): ("dpmpp_2m, clipped",)})
 
 
 def test_main_job_end_to_end(quick, tmp_path, capsys):
@@ -32,9 +32,9 @@ def test_main_job_end_to_end(quick, tmp_path, capsys):
     assert "Fréchet distance (digits features); 64 samples per entry" in printed
     assert "FID" not in printed
     rows = list(csv.DictReader((tmp_path / "nfe_vs_fid_digits.csv").open(encoding="utf-8")))
-    assert len(rows) == 2 * (1 + 2 * 3 + 1)  # seeds x (floor, two samplers in three columns, rk45)
+    assert len(rows) == 2 * (1 + 2 * 3 + 1 + 1)  # seeds x (floor, two samplers in three columns, a clipped one, rk45)
     for row in rows:
-        if row["sampler"] == "dpmpp_2m":
+        if row["sampler"].startswith("dpmpp_2m"):
             assert row["nfe"] == row["budget"]
         if row["sampler"] == "heun":  # an odd number: two a step, and the denoising
             assert int(row["nfe"]) == int(row["budget"]) - 1 + int(row["budget"]) % 2
@@ -95,9 +95,21 @@ def test_idx_files(tmp_path):
             image_data.read_idx(tmp_path, name)
 
 
-def test_overhead_counts_the_bare_loops_noise():
-    assert overhead.noisy("pc")
-    assert overhead.noisy("ancestral")
-    assert not overhead.noisy("ddim")
-    d = torch.ones(1, 4)
-    assert overhead.seconds(overhead.ours("ddim", d, 5)) > 0
+def test_overhead_counts_the_bare_loops_noise(monkeypatch, tmp_path, capsys):
+    rows = {"ddim": False, "ancestral": True, "edm": True, "pc": True}
+    monkeypatch.setattr(overhead, "SHAPES", ((1, 4),))
+    monkeypatch.setattr(overhead, "SAMPLERS", {name: SAMPLERS[name] for name in rows})
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--turns", "1", "--out", str(tmp_path)])
+    overhead.main()
+    assert capsys.readouterr().out.count("(bare loop with randn)") == 3
+    with (tmp_path / "overhead.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == ["sampler", "evaluations", "noise", "ratio (1, 4)", "microseconds (1, 4)"]
+    assert {row["sampler"]: row["noise"] == "True" for row in found} == rows
+    assert all(float(row["ratio (1, 4)"]) > 0 for row in found)
+
+
+def test_the_ratio_is_the_median_over_turns(monkeypatch):
+    taken = iter([9.0, 9.0, 1.0, 2.0, 2.0, 10.0, 4.0, 12.0])  # base and run in turns, the first pair unmeasured
+    monkeypatch.setattr(overhead, "seconds", lambda run: next(taken))
+    assert overhead.ratio(lambda: None, lambda: None, 3) == (3.0, 10.0)

@@ -67,9 +67,10 @@ def test_noise_and_linear_part_match_their_closed_form(h, churn):
 
 
 CLOCK = {
-    "half_log_snr": lambda sde, lam, t: lam,
-    "karras": lambda sde, lam, t: math.exp(-lam),
-    "t": lambda sde, lam, t: t,
+    "half_log_snr": lambda lam, t: lam,
+    "karras": lambda lam, t: math.exp(-lam),
+    "flow": lambda lam, t: 1 / (1 + math.exp(lam)),
+    "t": lambda lam, t: t,
 }
 
 
@@ -87,7 +88,7 @@ def test_polynomial_predictions_are_integrated_exactly(prediction, order, correc
 
     def score(x, t):
         a, s, u = sde.alpha(t), sde.sigma(t), float(sde.half_log_snr(t))
-        c = CLOCK[clock](sde, u, float(t))
+        c = CLOCK[clock](u, float(t))
         kind = PREDICTIONS[prediction]
         return (0.7 + (c - 0.3) ** (order - 1)) / kind.scale(a, s) - kind.mix(a, s) * x
 
@@ -216,7 +217,7 @@ def test_the_last_evaluation_corrects_the_result(sde):
         ({"order": 2, "prediction": "x_0"}, "unknown prediction 'x_0': did you mean 'x0'"),
         ({"order": 2, "clock": "half_logsnr"}, "unknown clock 'half_logsnr': did you mean 'half_log_snr'"),
         ({"order": 2, "clock": "step"}, "it needs freeze=True"),
-        ({"order": 2, "corrector": True, "freeze": True}, "leave one of them out"),
+        ({"order": 3, "corrector": True, "freeze": True}, "a corrector needs order <= 2"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -37,16 +37,15 @@ RULES: dict[str, StepRule] = {
     "ddim": ddim(eta=0.0),
     "ancestral": ddim(eta=1.0),
     # Multistep: the exact integral of the polynomial, variable steps, and a start that keeps the order throughout.
-    "ipndm": multistep(
-        3, "eps", "step", freeze=True
-    ),  # Zhang & Chen 2023, order 3 of their 4; of order 2, as published
+    # iPNDM (Zhang & Chen 2023) weighs all steps as equal, so it is of order 2, whatever the number of predictions.
+    "ipndm": multistep(3, "eps", "step", freeze=True),
     "deis": multistep(3, "eps"),  # Zhang & Chen 2023, eq. 15, in log rho; DPM-Solver's order 3 as a multistep method
     "dpmpp_2m": multistep(2, freeze=True),  # Lu et al. 2022b, algorithm 2
     "dpmpp_3m": multistep(3),  # Lu et al. 2022b, appendix; published order 2: a factor 2 missing in D2, a low start
-    "unipc_2": multistep(2, corrector=True),  # Zhao et al. 2023, with exact integrals for B(h) and a full last step
+    "unipc_2": multistep(2, corrector=True, freeze=True),  # Zhao et al. 2023, its corrector by exact integrals
     "unipc_3": multistep(3, corrector=True),
-    "v_3m": multistep(3, "v"),  # ours: the same in the angle's parameterisation (Salimans & Ho 2022, eq. 8)
-    "flow_3m": multistep(3, "flow"),  # ours: in the velocity of the rectified flow (Liu et al. 2023)
+    "v_3m": multistep(3, "v", "flow"),  # ours: in the angle's prediction (Salimans & Ho 2022, eq. 8), same clock
+    "flow_3m": multistep(3, "flow", "flow"),  # ours: Adams-Bashforth on the rectified flow (Liu et al. 2023)
     # Single-step: Lu et al. 2022a, algorithms 1 and 2; 2022b, algorithm 1 (r = 1/2); Karras et al. 2022, algorithm 2;
     # Xu et al. 2023, algorithm 1.
     "dpm_solver_2": singlestep([(1 / 2, (0,)), (1.0, (1,))], 2),

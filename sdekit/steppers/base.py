@@ -27,6 +27,7 @@ class StepRule:
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
     ``begin(system, times)``: makes the first state from the whole grid, where None is not enough.
     ``finish(system, x, t, state)``: E[x_0|x] at the last time, one evaluation, where history improves on it.
+    ``table``: of a multistep rule, what it predicts and its weights as a function of the grid; calibration tunes it.
     ``correction(state)``: what the evaluation of the last step said of the step before: corrected minus predicted x
     there, or None before there is one. A free estimate of the local error.
     """
@@ -41,6 +42,7 @@ class StepRule:
     noisy: bool = False
     finish: Callable[[Any, Tensor, float, Any], Tensor] = lambda system, x, t, state: system.denoise(x, t)
     correction: Callable[[Any], Tensor | None] | None = None
+    table: Any = None
 
     def __call__(self, system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         """Take the step: (x at s, state)."""

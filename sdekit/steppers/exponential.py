@@ -50,6 +50,7 @@ PREDICTIONS: dict[str, Prediction] = {
 CLOCKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "half_log_snr": lambda system, lam: lam,
     "karras": lambda system, lam: torch.exp(-lam),
+    "flow": lambda system, lam: torch.sigmoid(-lam),
     "t": lambda system, lam: system.sde.inverse_half_log_snr(lam.reshape(-1)).reshape(lam.shape),
 }
 

@@ -6,7 +6,7 @@ A corrector is in it too: the prediction at t, which the step needs anyway, impr
 (Zhao et al. 2023, UniC), and the improvement is another sum over the same predictions. So is the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ from sdekit.steppers.exponential import (
 )
 from sdekit.system import Levels
 
+# Over more of half log-SNR the polynomial of collocation errs by more than it mends; no limit to the order.
+_SPAN = 3.0
 _MOST = 4  # the start of a higher order would cost evaluations; also the predictions behind the newest that a row uses
 
 
@@ -39,6 +41,17 @@ class Row(NamedTuple):
     std: float
     weights: list[float]
     correction: list[float]
+
+
+# How a tensor becomes the numbers of rows: floats, or (for calibration) tensors that carry gradients.
+Numbers = Callable[[Tensor], Sequence[Any]]
+
+
+class Table(NamedTuple):
+    """A rule as a function of its levels: what it predicts, and its rows from (system, levels, numbers)."""
+
+    prediction: Prediction
+    rows: Callable[..., list[Row]]
 
 
 class State(NamedTuple):
@@ -55,14 +68,16 @@ def multistep(
     """The exponential Adams-Bashforth method through the last ``order`` predictions; one evaluation a step.
 
     ``prediction``: "x0" (DPM-Solver++'s), "eps" (DPM-Solver's, DEIS's), "v" or "flow". ``clock``: what they are a
-    polynomial of: "half_log_snr", "karras" (sigma/alpha, DEIS's rho) or "t". ``corrector``: the next prediction
-    improves the x that it was made at by the Adams-Moulton method of one order more, at no evaluation.
-    ``freeze``: instead of the integral of kernel times polynomial, the kernel's integral times the polynomial's mean
-    over the step in its clock, which has order 2 at most: the published DPM-Solver++(2M) and, with the clock "step"
-    (the grid's index), iPNDM. The noise is that of the system's churn, drawn exactly (SA-Solver's form).
+    polynomial of: "half_log_snr", "karras" (sigma/alpha, DEIS's rho), "flow" (sigma/(alpha + sigma)) or "t".
+    ``corrector``: the next prediction improves the x that it was made at by the Adams-Moulton method of one order more,
+    at no evaluation.
+    ``freeze``: the predictor takes, instead of the integral of kernel times polynomial, the kernel's integral times
+    the polynomial's mean over the step in its clock, which has order 2 at most: the published DPM-Solver++(2M), UniPC's
+    predictor of order 2 and, with the clock "step" (the grid's index), iPNDM. The noise is that of the system's churn,
+    drawn exactly (SA-Solver's form).
 
     The first steps keep the order, at no evaluation: as predictions come, the x that they were made at is made again
-    from x_T by collocation.
+    from x_T by collocation (where the steps are not so large that this does harm).
     Needs a reverse system. Raises ValueError or TypeError for an order that is no whole number in 1 ... 4 (3 with
     corrector), an unknown prediction or clock, and what ``freeze`` excludes.
     """
@@ -71,21 +86,23 @@ def multistep(
         raise ValueError(f"order must be at most {_MOST - corrector}{' with a corrector' * corrector}, got {order}")
     kind = _checks.lookup(PREDICTIONS, prediction, "prediction")
     to_clock = _checks.lookup({**CLOCKS, "step": None}, clock, "clock")
-    if corrector and freeze:
-        raise ValueError("freeze=True has order 2 at most, which a corrector does not raise; leave one of them out")
+    if corrector and freeze and (order > 2 or to_clock is None):
+        raise ValueError(
+            "freeze=True has order 2 at most; a corrector needs order <= 2 then, and a clock of the process"
+        )
     if to_clock is None and not freeze:
         raise ValueError("clock 'step' takes all steps for equal, which has order 2 at most; it needs freeze=True")
-    reached = min(order, 2) if freeze else order + corrector
+    reached = (min(order, 2) if freeze else order) + corrector
+
+    def rows(system: Any, lv: Levels, numbers: Numbers = Tensor.tolist) -> list[Row]:
+        g = integrand(kind, system.churn, Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv)))
+        place = to_clock(system, lv.lam) if to_clock else torch.arange(len(lv.lam), dtype=torch.float64)
+        exact = g._replace(at=to_clock(system, g.at)) if to_clock else g
+        ahead = frozen(g, place) if freeze else exact
+        return tabulate(lv, kind, exact, ahead, place, order, corrector, reached > 2, numbers)
 
     def begin(system: Any, times: list[float]) -> State:
-        lv = system.levels(torch.tensor(times, dtype=torch.float64))
-        g = integrand(kind, system.churn, Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv)))
-        place = to_clock(system, lv.lam) if to_clock else torch.arange(len(times), dtype=torch.float64)
-        if freeze:
-            g = frozen(g, place)
-        elif to_clock:
-            g = g._replace(at=to_clock(system, g.at))
-        return State(tabulate(lv, kind, g, place, order, corrector, reached > 2), 0, ())
+        return State(rows(system, system.levels(torch.tensor(times, dtype=torch.float64))), 0, ())
 
     return StepRule(
         step,
@@ -94,6 +111,7 @@ def multistep(
         weak_order=min(order, 2),
         finish=finish,
         correction=correction if corrector else None,
+        table=None if clock == "t" else Table(kind, rows),  # the inverse of t's clock carries no gradient
     )
 
 
@@ -126,56 +144,72 @@ def correction(state: State) -> Tensor | None:
 
 
 def tabulate(
-    lv: Levels, kind: Prediction, g: Integrand, place: Tensor, order: int, corrector: bool, collocate: bool
-) -> list[Row]:
-    """A row per node: the first by :func:`_start`, then all alike. The last only corrects."""
+    lv: Levels, kind: Prediction, g: Integrand, p: Integrand, place: Tensor, order: int, corrector: bool,
+    collocate: bool, numbers: Numbers,
+) -> list[Row]:  # fmt: skip
+    """A row per node: the first by :func:`_start`, then all alike. The last only corrects. ``p``: the predictor's."""
     n, width = len(g.linear), order + corrector
     first = width + int(collocate and width == _MOST)
     scale, time = kind.scale(lv.alpha, lv.sigma), lv.time.unbind()
-    mix, linear, std = kind.mix(lv.alpha, lv.sigma).tolist(), [*g.linear.tolist(), 1.0], [*g.std.tolist(), 0.0]
+    one = torch.ones(1, dtype=torch.float64)
+    mix, linear, std = map(
+        numbers, (kind.mix(lv.alpha, lv.sigma), torch.cat([g.linear, one]), torch.cat([g.std, 0 * one]))
+    )
+    far = (lv.lam - lv.lam[0]).abs().tolist()
+    short = [collocate and 0 < span <= _SPAN for span in far[: min(first, n + 1)]]
     ahead, changes = [], []
-    for i, (weights, change) in enumerate(_start(g, place, order, min(first, n + 1), collocate)):
+    for i, (weights, change) in enumerate(_start(g, p, place, order, corrector, short)):
         back = scale[: i + 1].flip(0)
-        ahead.append((weights * back[: len(weights)]).tolist())
-        changes.append((change * back[: len(change)]).tolist())
+        ahead.append(numbers(weights * back[: len(weights)]))
+        changes.append(numbers(change * back[: len(change)]))
     if n >= first:
         node = torch.arange(first, n + 1)
         seen = node[:, None] - torch.arange(width)
-        kernel, at = g.kernel[node - 1], g.at[node - 1]
-        predictor = interpolate(kernel, at, place[seen[:, :order] - 1])  # of the step that leads to the node
+        predictor = _weights(p, node - 1, place[seen[:, :order] - 1])  # of the step that leads to the node
         weights = torch.zeros(len(node), width, dtype=torch.float64)
         weights[:-1, :order] = predictor[1:]
         if corrector:
-            change = interpolate(kernel, at, place[seen])
+            change = _weights(g, node - 1, place[seen])
             change[:, 1:] -= predictor
             weights[:-1] += g.linear[node[:-1], None] * change[:-1]
-        ahead += [*(weights[:-1] * scale[seen[:-1]]).tolist(), []]
-        changes += (change * scale[seen]).tolist() if corrector else [[]] * len(node)
+        ahead += [*numbers(weights[:-1] * scale[seen[:-1]]), []]
+        changes += numbers(change * scale[seen]) if corrector else [[]] * len(node)
     return list(map(Row, time, mix, linear, std, ahead, changes))
 
 
-def _start(g: Integrand, place: Tensor, order: int, nodes: int, collocate: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _weights(g: Integrand, steps: Any, nodes: Tensor) -> Tensor:
+    return interpolate(g.kernel[steps], g.at[steps], nodes)
+
+
+def _start(
+    g: Integrand, p: Integrand, place: Tensor, order: int, corrector: bool, collocate: list[bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """For nodes 0, 1, ...: the weights of the next step and of the correction, of predictions at i, i - 1, ..., 0.
 
     The first steps have too few predictions behind them for their order. But when there are enough, x_i can be made
     again from x_T, through the polynomial of all predictions at nodes 0 ... i, whose own errors come in times a
     step. The one at node 1 was made after a step of order one: too large an error for order 4, which leaves it out.
     """
-    n = len(g.linear)
-    made = torch.zeros(0, dtype=torch.float64)  # what x_i is made of, besides x_T
-    for i in range(nodes):
-        made, change, weights = torch.cat([torch.zeros(1, dtype=torch.float64), made]), made[:0], made[:0]
-        if collocate and i:
+    none = torch.zeros(0, dtype=torch.float64)
+    made, step = none, none  # what x_i, and the step that led to it, are made of, besides x_T
+    for i, again in enumerate(collocate):
+        made, step = (torch.cat([torch.zeros(1, dtype=torch.float64), w]) for w in (made, step))
+        change = weights = none
+        if again:
             use = [j for j in range(i, -1, -1) if not (i > 2 and j == 1)]
-            parts = interpolate(g.kernel[:i], g.at[:i], place[use].expand(i, -1))
-            wanted = torch.zeros_like(made)
-            wanted[[i - j for j in use]] = torch.stack([g.linear[m + 1 : i].prod() for m in range(i)]) @ parts
-            change, made = wanted - made, wanted
-        if i < n:
+            parts = _weights(g, slice(0, i), place[use].expand(i, -1))
+            carried = torch.stack([g.linear[m + 1 : i].prod() for m in range(i)]) @ parts
+            change = torch.zeros_like(made).index_add(0, torch.tensor([i - j for j in use]), carried) - made
+        elif corrector and i:
+            back = place[max(0, i - order) : i + 1].flip(0)
+            change = torch.cat([_weights(g, slice(i - 1, i), back[None])[0], torch.zeros(i + 1 - len(back))]) - step
+        if len(change):
+            made = made + change
+        if i < len(g.linear):
             use = [0 if i > 3 and j == 1 else j for j in range(i, max(-1, i - order), -1)]
-            weights = torch.zeros_like(made)
-            weights[[i - j for j in use]] = interpolate(g.kernel[i : i + 1], g.at[i : i + 1], place[use][None])[0]
-            made = g.linear[i] * made + weights
-            if len(change):
-                weights = weights + g.linear[i] * change
+            step = torch.zeros_like(made).index_add(
+                0, torch.tensor([i - j for j in use]), _weights(p, slice(i, i + 1), place[use][None])[0]
+            )
+            made = g.linear[i] * made + step
+            weights = step + g.linear[i] * change if len(change) else step
         yield weights, change

@@ -1,0 +1,242 @@
+"""Grids and weights fitted to one model: a few noises, their exact flow, and gradient descent through the sampler."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from sdekit import _checks
+from sdekit.calibration import Calibration
+from sdekit.grids import GRIDS
+from sdekit.reverse import Reverse
+from sdekit.samplers import SAMPLERS, sample
+from sdekit.sde import SDE
+from sdekit.solution import rms
+from sdekit.system import Levels, Score
+
+_STARTS = ("ipndm", "flow_3m", "v_3m")
+_START_GRIDS = ("vp_quadratic", "vp_cubic", "karras", "log_snr")
+_BACK = 3  # predictions behind which a fitted weight may stand, at least
+_TEACHER = "unipc_3"
+_SLACK = 0.02  # the share of all levels that the first and the last gap start with: their ends may move then
+_RATES = (0.2, 0.003, 0.003)  # of Adam: for gaps, linear parts, weights
+
+
+def calibrate(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    *,
+    nfe: int,
+    sampler: str | None = None,
+    noises: int = 128,
+    iterations: int = 150,
+    batch: int = 32,
+    coefficients: bool = True,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Calibration:
+    """A sampler of ``nfe`` evaluations fitted to this process and score.
+
+    Times (the first and last one too) and weights of a multistep rule are moved by gradient descent through the
+    sampler, so that x_0 comes near to where the exact flow takes the same noise; the flow of ``noises`` draws is
+    computed once, in many steps. The score must be differentiable in x and t; one that is not (its result carries no
+    gradient) gets its times, not its weights, by Powell's COBYLA. Memory is that of one evaluation's graph with
+    ``batch`` samples (each is made again when the gradient needs it), besides the states.
+
+    ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
+    to start from; None for the best of several. The start is the best of several grids. ``iterations`` of Adam on
+    ``batch`` of the noises each. ``coefficients=False`` fits the times alone. ``seed``: of the noises.
+    As many more noises are held out to judge: where they do not find the fit better than its start, the start is
+    returned. ``error`` and ``start_error`` are theirs.
+
+    The grid of Watson et al. 2021 and Tong et al. 2024 and the weights of Shaul et al. 2024 (BNS), in one.
+    Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
+    """
+    _checks.instance(sde)
+    nfe = _checks.count(nfe, "nfe", minimum=2)
+    noises, batch = _checks.count(noises, "noises", minimum=2), _checks.count(batch, "batch")
+    iterations = _checks.count(iterations, "iterations")
+    size = (2 * noises, *_checks.event_shape(shape)[1:])
+    device = device or getattr(score, "device", None)
+    x_T = sde.prior_sample(size, seed=seed, device=device, dtype=dtype)
+    x_0 = sample(sde, score, size, _TEACHER, grid="vp_cubic", steps=max(50, 4 * nfe), x_T=x_T)
+    fitted, held = (x_T[:noises], x_0[:noises]), (x_T[noises:], x_0[noises:])
+
+    start = _best_start(sde, score, nfe, sampler, fitted)
+    fixed = _Table(sde, score, *start, slack=0.0)
+    model, start_error = _Table(sde, score, *start, slack=_SLACK), fixed.error(*held)
+    if _differentiable(score, x_T[:2], float(start[2][0])):
+        for pace in (1.0, 0.2):  # narrow modes need smaller steps, which others only find slow
+            model = _Table(sde, score, *start, slack=_SLACK)
+            bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
+            _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
+            if model.error(*fitted) < fixed.error(*fitted):
+                break
+    else:
+        _search(model, (fitted[0][:batch], fitted[1][:batch]), iterations)
+    error = model.error(*held)
+    return model.calibration(error, start_error) if error < start_error else fixed.calibration(start_error, start_error)
+
+
+class _Table:
+    """A multistep rule's table as a differentiable function: gaps between the levels, and additions to the weights."""
+
+    def __init__(self, sde: SDE, score: Score, sampler: str, grid: str, times: Tensor, slack: float) -> None:
+        self.sde, self.score, self.sampler, self.grid = sde, score, sampler, grid
+        self.table, self.system = SAMPLERS[sampler].rule.table, Reverse(sde, score, 0.0)
+        first, last = float(sde.half_log_snr(sde.T)), float(sde.half_log_snr(sde.t_min))
+        self.first, self.range, n = first, last - first, len(times)
+        gaps = torch.cat([torch.zeros(1), sde.half_log_snr(times).diff() / self.range, torch.zeros(1)])
+        self.gaps = (gaps + slack).log().requires_grad_()  # in a softmax: a gap of 0 is -inf, and stays
+        self.linear = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+        self.weights = torch.zeros(n, _BACK, dtype=torch.float64, requires_grad=True)
+        self.parameters = [self.gaps, self.linear, self.weights]
+
+    def levels(self) -> Levels:
+        """The levels of the evaluations; t(lambda) by bisection, with the derivative of the inverse function."""
+        lam = self.first + self.range * torch.softmax(self.gaps, 0).cumsum(0)[:-1]
+        with torch.no_grad():
+            t = self.sde.inverse_half_log_snr(lam)
+            c = self.sde.coefficients(t)
+        t = t + (lam - lam.detach()) * (-2 * c.sigma**2 / c.g2)  # dlambda/dt = -g^2/(2 sigma^2)
+        return Levels(t, self.sde.alpha(t), self.sde.sigma(t), lam)
+
+    def rows(self) -> tuple[Levels, list[Any], list[Any], list[list[Any]]]:
+        """Levels, and for each evaluation mix, linear and weights."""
+        lv = self.levels()
+        rows = self.table.rows(self.system, lv, lambda values: list(values.unbind()))
+        scale = self.table.prediction.scale(lv.alpha, lv.sigma)
+        size = torch.cat([torch.hypot(lv.alpha, lv.sigma), torch.ones(1)])  # of x at each level, and of x_0
+        linear, weights = [], []
+        for i, row in enumerate(rows):
+            base, own = row.linear, [*row.weights]
+            if i == len(rows) - 1:  # x_0 = (x + correction + sigma^2 (p - mix x))/alpha
+                base, own = (1 - lv.sigma[i] ** 2 * row.mix) / lv.alpha[i], [c / lv.alpha[i] for c in row.correction]
+                own = own or [torch.zeros(())]
+                own[0] = own[0] + lv.sigma[i] ** 2 / lv.alpha[i]
+            own += [torch.zeros(())] * (min(i + 1, _BACK) - len(own))
+            more = [size[i + 1] * self.weights[i, j] * scale[i - j] for j in range(min(i + 1, _BACK))]
+            linear.append(base + size[i + 1] / size[i] * self.linear[i])
+            weights.append([w + more[j] if j < len(more) else w for j, w in enumerate(own)])
+        return lv, [row.mix for row in rows], linear, weights
+
+    def __call__(self, x_T: Tensor) -> Tensor:
+        lv, mix, linear, weights = self.rows()
+        x = x_T * (lv.sigma[0] / float(self.sde.sigma(self.sde.T)))
+        history: list[Tensor] = []
+        for i in range(len(linear)):
+            score = (
+                checkpoint(self.score, x, lv.time[i], use_reentrant=False)
+                if x.requires_grad
+                else self.score(x, lv.time[i])
+            )
+            history.insert(0, score.to(x.dtype) + mix[i] * x)
+            x = linear[i] * x
+            for w, p in zip(weights[i], history, strict=False):
+                x = x + w * p
+        return x
+
+    def loss(self, x_T: Tensor, x_0: Tensor) -> Tensor:
+        """Mean over samples of the RMS over the event."""
+        return rms(self(x_T) - x_0).mean()
+
+    @torch.no_grad()
+    def error(self, x_T: Tensor, x_0: Tensor) -> float:
+        """The loss as a number."""
+        return float(self.loss(x_T, x_0))
+
+    @torch.no_grad()
+    def calibration(self, error: float, start_error: float) -> Calibration:
+        """The table as it stands."""
+        lv, mix, linear, weights = self.rows()
+        return Calibration(
+            sampler=self.sampler,
+            grid=self.grid,
+            times=lv.time.tolist(),
+            mix=torch.stack(mix).tolist(),
+            linear=torch.stack(linear).tolist(),
+            weights=[torch.stack(row).tolist() for row in weights],
+            error=error,
+            start_error=start_error,
+            T=self.sde.T,
+            prior_std=float(self.sde.sigma(self.sde.T)),
+            alpha=lv.alpha.tolist(),
+            sigma=lv.sigma.tolist(),
+        )
+
+
+def _best_start(
+    sde: SDE, score: Score, nfe: int, sampler: str | None, fitted: tuple[Tensor, Tensor]
+) -> tuple[str, str, Tensor]:
+    names = _STARTS if sampler is None else (sampler,)
+    for name in names:
+        row = _checks.lookup(SAMPLERS, name, "sampler")
+        if row.rule.table is None or row.stochastic:
+            fit = ", ".join(n for n, r in SAMPLERS.items() if r.rule.table is not None and not r.stochastic)
+            raise ValueError(f"sampler {name!r} cannot be calibrated: it is no multistep rule of the flow; take {fit}")
+    x_T, x_0 = fitted
+    best = (math.inf, "", "")
+    for name in names:
+        for grid in _START_GRIDS:
+            x = sample(sde, score, x_T.shape, name, nfe=nfe, grid=grid, x_T=x_T)
+            best = min(best, (float(rms(x - x_0).mean()), name, grid))
+    _, name, grid = best
+    return name, grid, GRIDS[grid](sde, nfe - 1)
+
+
+def _differentiable(score: Score, x: Tensor, t: float) -> bool:
+    """Whether the score's result carries a gradient to x and t."""
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a black box that takes float(t) need not hear of gradients
+        x, time = x.detach().requires_grad_(), torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        try:
+            out = score(x, time)
+        except RuntimeError:  # such as x.numpy() of a tensor with gradient
+            return False
+        return out.requires_grad and None not in torch.autograd.grad(out.sum(), (x, time), allow_unused=True)
+
+
+def _descend(
+    model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, pace: float, seed: int, bar: Any
+) -> None:
+    """Adam with a cosine schedule; a step whose gradient is not finite is left out."""
+    chosen = model.parameters if coefficients else model.parameters[:1]
+    groups = [{"params": [p], "lr": pace * rate} for p, rate in zip(chosen, _RATES, strict=False)]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda k: min(1.0, (k + 1) / 10) * (1 + math.cos(math.pi * k / bar.total)) / 2
+    )
+    generator, n = torch.Generator().manual_seed(seed), len(fitted[0])
+    with torch.enable_grad():
+        for _ in bar:
+            pick = torch.randperm(n, generator=generator)[:batch].to(fitted[0].device)
+            loss = model.loss(fitted[0][pick], fitted[1][pick])
+            gradients = torch.autograd.grad(loss, chosen)
+            if all(torch.isfinite(g).all() for g in gradients):
+                for parameter, gradient in zip(chosen, gradients, strict=True):
+                    parameter.grad = gradient
+                optimiser.step()
+            schedule.step()
+
+
+def _search(model: _Table, fitted: tuple[Tensor, Tensor], iterations: int) -> None:
+    """Powell's COBYLA on the gaps, without gradients."""
+
+    def objective(gaps: np.ndarray) -> float:
+        model.gaps.data.copy_(torch.from_numpy(gaps))
+        error = model.error(*fitted)
+        return error if math.isfinite(error) else 1e30
+
+    start = model.gaps.detach().numpy().copy()
+    found = minimize(objective, start, method="COBYLA", options={"maxiter": iterations, "rhobeg": 0.5})
+    model.gaps.data.copy_(torch.from_numpy(found.x))

@@ -1,0 +1,99 @@
+"""What :func:`sdekit.calibrate` returns: a sampler fitted to one model, as a table of times and weights."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdekit.sde import SDE
+from sdekit.steppers import StepRule
+from sdekit.steppers.multistep import Row, State, step
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted sampler: goes wherever a sampler's name goes, for the process and model that it was fitted to.
+
+    Evaluation i is made at ``times[i]``, of  p_i = score + mix[i] x_i,  and leads to
+    x_(i+1) = linear[i] x_i + sum of weights[i][j] p_(i-j);  the last one to x_0. The first x is a draw of the prior,
+    scaled to ``times[0]``.
+
+    ``nfe``: its evaluations. ``sampler``, ``grid``: the names that it was fitted from. ``error``, ``start_error``:
+    of the fit and of what it was fitted from, the mean over held-out noises of the RMS distance to the exact flow.
+    ``alpha``, ``sigma`` at those times, ``T`` and ``prior_std`` = sigma(T): the process, which :meth:`check` compares.
+    """
+
+    sampler: str
+    grid: str
+    times: list[float]
+    mix: list[float]
+    linear: list[float]
+    weights: list[list[float]]
+    error: float
+    start_error: float
+    T: float
+    prior_std: float
+    alpha: list[float]
+    sigma: list[float]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations, the last one included that gives x_0."""
+        return len(self.times)
+
+    @property
+    def scale(self) -> float:
+        """From the prior at T to that at the first time."""
+        return self.sigma[0] / self.prior_std
+
+    @property
+    def rule(self) -> StepRule:
+        """The step rule, on the grid ``times``."""
+        times = torch.tensor(self.times, dtype=torch.float64).unbind()
+        columns = zip(times, self.mix, self.linear, self.weights, strict=True)
+        rows = [Row(time, mix, linear, 0.0, weights, []) for time, mix, linear, weights in columns]
+        return StepRule(
+            step,
+            begin=lambda system, times: State(rows, 0, ()),
+            finish=lambda system, x, t, state: step(system, x, t, 0.0, None, state)[0],
+        )
+
+    def check(self, sde: SDE) -> None:
+        """Raise ValueError unless ``sde`` is the process that this was fitted to."""
+        times = torch.tensor(self.times, dtype=torch.float64)
+        same = abs(sde.T - self.T) <= 1e-6 * self.T and sde.t_min <= self.times[-1] * (1 + 1e-6)
+        if same:
+            now = torch.stack([sde.alpha(times), sde.sigma(times)])
+            same = torch.allclose(now, torch.tensor([self.alpha, self.sigma], dtype=now.dtype), rtol=1e-5, atol=1e-9)
+        if not same:
+            raise ValueError(
+                f"this calibration was made for another process (T = {self.T:g}, sigma = {self.sigma[0]:.4g} at "
+                f"t = {self.times[0]:.4g}) than {type(sde).__name__}; calibrate anew for this one"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a small JSON file."""
+        Path(path).write_text(json.dumps({"sdekit_calibration": _FORMAT, **asdict(self)}, indent=1), encoding="utf-8")
+
+
+def load_calibration(path: str | os.PathLike[str]) -> Calibration:
+    """The calibration that :meth:`Calibration.save` wrote. Raises ValueError for a file that is none."""
+    try:
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.pop("sdekit_calibration") != _FORMAT:
+            raise ValueError("of another format")
+        calibration = Calibration(**content)
+        n = len(calibration.times)
+        lengths = {len(calibration.mix), len(calibration.linear), len(calibration.weights), len(calibration.alpha)}
+        numbers = [*calibration.times, *calibration.mix, *calibration.linear, *chain(*calibration.weights)]
+        if lengths != {n} or n == 0 or not torch.isfinite(torch.tensor(numbers, dtype=torch.float64)).all():
+            raise ValueError("incomplete")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a calibration of sdekit: {error}") from None
+    return calibration

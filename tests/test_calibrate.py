@@ -1,0 +1,154 @@
+"""Calibration: better than the grid it started from on noises it has not seen, on every kind of score and event."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sdekit import VPSDE, GaussianMixture, HeatODE, as_score, calibrate, load_calibration, sample
+from sdekit.grids import make_grid
+from tests import oracle
+from tests.conftest import PROCESSES, gaussian_score
+
+
+@pytest.fixture(scope="module")
+def grid25():
+    g = oracle.grid25()
+    return g, GaussianMixture(g.m, g.covs)
+
+
+def error_of(sde, score, sampler, x_T, ref, **kwargs):
+    return oracle.error(sample(sde, score, x_T.shape, sampler, x_T=x_T, **kwargs).numpy(), ref)
+
+
+@pytest.mark.parametrize(("nfe", "bar"), [(5, 0.067), (6, 0.052), (8, 0.027)])
+def test_digits64_below_half_of_what_the_best_fixed_samplers_reach(digits64, nfe, bar):
+    """The bars are half the best peer's error at that many evaluations; fresh noises, exact flow."""
+    g, mixture = digits64
+    sde, n = HeatODE(), 128
+    x_T = 80 * torch.randn(n, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
+    calibration = calibrate(sde, mixture.score(sde), (4, 64), nfe=nfe, seed=0)
+    calls = []
+
+    def counted(x, t):
+        calls.append(t)
+        return mixture.score(sde)(x, t)
+
+    found = error_of(sde, counted, calibration, x_T, g.flow(x_T.numpy(), 80.0, 0.0))
+    assert len(calls) == nfe == calibration.nfe
+    assert found < bar
+    assert calibration.error < 0.6 * calibration.start_error
+    assert found < 2 * calibration.error  # what it says of itself holds
+
+
+def test_narrow_modes(grid25):
+    g, mixture = grid25
+    sde = HeatODE()
+    x_T = 80 * torch.randn(512, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
+    ref = g.flow(x_T.numpy(), 80.0, 0.0)
+    calibration = calibrate(sde, mixture.score(sde), (4, 2), nfe=8, seed=1, iterations=100)
+    assert error_of(sde, mixture.score(sde), calibration, x_T, ref) < 0.0145
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_never_worse_than_its_start_whatever_process_and_event(name):
+    sde = PROCESSES[name]()
+    for event in ((), (2,), (2, 3, 1)):
+        c = calibrate(sde, gaussian_score(sde, 0.5), (3, *event), nfe=4, seed=0, noises=16, iterations=8)
+        assert c.error <= c.start_error
+        assert sde.t_min <= c.times[-1] < c.times[0] <= sde.T
+        x = sample(sde, gaussian_score(sde, 0.5), (3, *event), c, seed=1)
+        assert x.shape == (3, *event)
+        assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("nfe", [2, 3, 6, 9])
+def test_the_table_before_the_fit_is_the_fixed_sampler(sde, nfe):
+    """What is returned where no fit is better: the sampler of that name and grid, to rounding."""
+    module = importlib.import_module("sdekit.calibrate")
+    score = gaussian_score(sde, 0.5)
+    for sampler in ("ipndm", "flow_3m", "unipc_2", "unipc_3", "dpmpp_3m", "v_3m", "deis"):
+        table = module._Table(sde, score, sampler, "karras", make_grid(sde, "karras", nfe - 1), slack=0.0)
+        c = table.calibration(0.0, 0.0)
+        fixed = sample(sde, score, (5, 2), c.sampler, grid=c.grid, nfe=nfe, seed=3, dtype=torch.float64)
+        table = sample(sde, score, (5, 2), c, seed=3, dtype=torch.float64)
+        torch.testing.assert_close(table, fixed, rtol=1e-7, atol=1e-9)
+
+
+def test_a_score_without_gradient_gets_its_times(digits64):
+    """A black box, here NumPy: Powell's COBYLA on the grid, still no worse than its start."""
+    g, _ = digits64
+    sde = HeatODE()
+
+    def black_box(x, t):
+        return torch.from_numpy(g.score(x.double().numpy(), float(t))).to(x)
+
+    c = calibrate(sde, black_box, (2, 64), nfe=4, seed=0, noises=12, iterations=80, sampler="ipndm")
+    assert c.error < c.start_error
+
+
+def test_networks_keep_their_gradients_and_the_global_generator(digits64):
+    with torch.random.fork_rng():
+        network = torch.nn.Linear(2, 2, dtype=torch.float32)
+    with torch.no_grad():
+        network.weight.copy_(torch.eye(2))
+        network.bias.zero_()
+    sde = VPSDE()
+    score = as_score(lambda x, t: network(x) * (1 - t[:, None]), sde, predicts="eps")
+    c = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=8, iterations=4)
+    assert network.weight.grad is None
+    assert c.nfe == 4
+
+
+def test_same_seed_same_calibration_and_files(tmp_path):
+    sde = VPSDE()
+    score = gaussian_score(sde, 0.5)
+    a, b = (calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=8, iterations=5) for _ in range(2))
+    assert a == b
+    a.save(tmp_path / "a.json")
+    assert load_calibration(tmp_path / "a.json") == a
+    assert (tmp_path / "a.json").stat().st_size < 5000
+
+
+def test_bad_input_is_named(tmp_path):
+    sde = VPSDE()
+    score = gaussian_score(sde, 0.5)
+    c = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=4, iterations=1)
+    for other in (VPSDE(beta_max=19.0), HeatODE()):
+        with pytest.raises(ValueError, match=r"calibration was made for another process .* than (VPSDE|HeatODE)"):
+            sample(other, score, (3, 2), c)
+    with pytest.raises(ValueError, match="leave steps and grid out"):
+        sample(sde, score, (3, 2), c, grid="uniform")
+    with pytest.raises(ValueError, match="leave steps and grid out"):
+        sample(sde, score, (3, 2), c, steps=4)
+    with pytest.raises(ValueError, match="nfe = 3 allows 2"):
+        sample(sde, score, (3, 2), c, nfe=3)
+    for arguments, message in (
+        ({"nfe": 1}, "nfe must be at least 2"),
+        ({"sampler": "ipndn"}, "unknown sampler 'ipndn': did you mean 'ipndm'"),
+        ({"sampler": "heun"}, "'heun' cannot be calibrated: it is no multistep rule of the flow; take"),
+        ({"sampler": "dpmpp_2m_sde"}, "cannot be calibrated"),
+        ({"noises": 0}, "noises must be at least 2"),
+        ({"batch": 2.5}, "batch must be a whole number"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            calibrate(sde, score, (3, 2), **{"nfe": 4, "noises": 4, "iterations": 1, **arguments})
+    with pytest.raises(FloatingPointError, match="score returned NaN or infinite values at t"):
+        calibrate(sde, lambda x, t: x * math.nan, (3, 2), nfe=4, noises=4)
+    for content in ("", "[]", '{"sdekit_calibration": 2}', json.dumps({"sdekit_calibration": 1, "times": [1.0]})):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match="is not a calibration of sdekit"):
+            load_calibration(tmp_path / "bad.json")
+
+
+def test_x_T_is_a_draw_at_T():
+    """Given and drawn starts are the same: the scale to the first time is the calibration's business."""
+    sde = VPSDE()
+    score = gaussian_score(sde, 0.5)
+    c = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=8, iterations=20)
+    x_T = sde.prior_sample((4, 2), seed=5)
+    given, drawn = sample(sde, score, (4, 2), c, x_T=x_T), sample(sde, score, (4, 2), c, seed=5)
+    np.testing.assert_allclose(given.numpy(), drawn.numpy(), rtol=1e-4, atol=1e-6)
