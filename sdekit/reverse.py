@@ -136,17 +136,22 @@ class CountedScore:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
         self.nfe += 1
         out = self.score(x, t)
-        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
-            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
-        if out.dtype != x.dtype:
-            out = out.to(x.dtype)
+        if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
+            out = self._fitting(out, x)
         # A sum is finite only if every entry is: one reduction, and nobody waits for it.
         total = out.sum() if out.dtype in _WIDE else out.sum(dtype=torch.float32)
         self._watched.append((t, total.detach() if total.requires_grad else total))
         if t.ndim == 1 or len(self._watched) == 64:
             self.check()
         return out
+
+    @staticmethod
+    def _fitting(out: Any, x: Tensor) -> Tensor:
+        """The score in x's dtype, or an error that says what it was instead."""
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
+        return out.to(x.dtype)
 
     def check(self) -> None:
         """Raise FloatingPointError if an evaluation since the last check was not finite."""

@@ -118,12 +118,14 @@ def multistep(
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
     rows, i, history = state
-    row = rows[i]
-    score = system.score(x, row.time)
-    history = (torch.add(score, x, alpha=row.mix) if row.mix else score, *history[:_MOST])
-    x_s = weighted(x, row.linear, history, row.weights)
-    if row.std:
-        x_s.add_(noise.normal(), alpha=row.std)
+    time, mix, linear, std, weights, _ = rows[i]
+    score = system.score(x, time)
+    history = (torch.add(score, x, alpha=mix) if mix else score, *history)[: len(weights)]
+    x_s = x * linear
+    for p, weight in zip(history, weights, strict=True):
+        x_s.add_(p, alpha=weight)
+    if std:
+        x_s.add_(noise.normal(), alpha=std)
     return x_s, State(rows, i + 1, history)
 
 
