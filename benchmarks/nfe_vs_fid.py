@@ -41,10 +41,10 @@ QUICK = {  # budgets -> samplers
 _FLOW = tuple(name for name, row in SAMPLERS.items() if not row.stochastic and name not in ("euler", "rk4"))
 _NOISY = tuple(name for name, row in SAMPLERS.items() if row.stochastic and name != "pc")
 FULL = {
-    (5, 6, 8, 10, 20): _FLOW,
+    (5, 6, 10, 20): _FLOW,
     (5, 10): tuple(f"{name}, clipped" for name in _FLOW),
     (5, 6, 8, 10): ("calibrated", "calibrated, clipped"),
-    (20, 50): _NOISY,
+    (50,): _NOISY,
     (50, 2000): ("pc",),
 }
 

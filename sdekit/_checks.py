@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 def lookup(table: Mapping[str, V], name: str, what: str) -> V:
     """``table[name]``; an unknown name raises with the near ones and the whole list."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""

@@ -51,17 +51,25 @@ def calibrate(
     sampler, so that x_0 comes near to where the exact flow takes the same noise; the flow of ``noises`` draws is
     computed once, in many steps. The score must be differentiable in x and t; one that is not (its result carries no
     gradient) gets its times, not its weights, by Powell's COBYLA. Memory is that of one evaluation's graph with
-    ``batch`` samples (each is made again when the gradient needs it), besides the states.
+    ``batch`` samples (each is made again when the gradient needs it), besides the states; without gradient the network
+    is called on 2 ``noises`` samples at once.
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
     to start from; None for the best of several. The start is the best of several grids. ``iterations`` of Adam on
-    ``batch`` of the noises each. ``coefficients=False`` fits the times alone. ``seed``: of the noises.
+    ``batch`` of the noises each, and as many again at a slower pace where the first come to nothing.
+    ``coefficients=False`` fits the times alone. ``seed``: of the noises.
     As many more noises are held out to judge: where they do not find the fit better than its start, the start is
     returned. ``error`` and ``start_error`` are theirs.
 
     The grid of Watson et al. 2021 and Tong et al. 2024 and the weights of Shaul et al. 2024 (BNS), in one.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # gradients are needed
+            return calibrate(
+                sde, score, shape, nfe=nfe, sampler=sampler, noises=noises, iterations=iterations, batch=batch,
+                coefficients=coefficients, seed=seed, device=device, dtype=dtype, progress=progress,
+            )  # fmt: skip
     _checks.instance(sde)
     nfe = _checks.count(nfe, "nfe", minimum=2)
     noises, batch = _checks.count(noises, "noises", minimum=2), _checks.count(batch, "batch")
@@ -83,6 +91,7 @@ def calibrate(
             if model.error(*fitted) < fixed.error(*fitted):
                 break
     else:
+        warnings.warn("score carries no gradient to x and t: only the times are fitted, not the weights", stacklevel=2)
         _search(model, (fitted[0][:batch], fitted[1][:batch]), iterations)
     error = model.error(*held)
     return model.calibration(error, start_error) if error < start_error else fixed.calibration(start_error, start_error)
@@ -111,27 +120,27 @@ class _Table:
         t = t + (lam - lam.detach()) * (-2 * c.sigma**2 / c.g2)  # dlambda/dt = -g^2/(2 sigma^2)
         return Levels(t, self.sde.alpha(t), self.sde.sigma(t), lam)
 
-    def rows(self) -> tuple[Levels, list[Any], list[Any], list[list[Any]]]:
-        """Levels, and for each evaluation mix, linear and weights."""
+    def rows(self) -> tuple[Levels, list[Any], list[Any], list[Any], list[list[Any]]]:
+        """Levels, and for each evaluation scale, mix, linear and weights."""
         lv = self.levels()
         rows = self.table.rows(self.system, lv, lambda values: list(values.unbind()))
-        scale = self.table.prediction.scale(lv.alpha, lv.sigma)
         size = torch.cat([torch.hypot(lv.alpha, lv.sigma), torch.ones(1)])  # of x at each level, and of x_0
         linear, weights = [], []
         for i, row in enumerate(rows):
             base, own = row.linear, [*row.weights]
-            if i == len(rows) - 1:  # x_0 = (x + correction + sigma^2 (p - mix x))/alpha
-                base, own = (1 - lv.sigma[i] ** 2 * row.mix) / lv.alpha[i], [c / lv.alpha[i] for c in row.correction]
+            if i == len(rows) - 1:  # x_0 = (x + correction + sigma^2 score)/alpha,  score = (p - mix x)/scale
+                share = lv.sigma[i] ** 2 / row.scale
+                base, own = (1 - share * row.mix) / lv.alpha[i], [c / lv.alpha[i] for c in row.correction]
                 own = own or [torch.zeros(())]
-                own[0] = own[0] + lv.sigma[i] ** 2 / lv.alpha[i]
+                own[0] = own[0] + share / lv.alpha[i]
             own += [torch.zeros(())] * (min(i + 1, _BACK) - len(own))
-            more = [size[i + 1] * self.weights[i, j] * scale[i - j] for j in range(min(i + 1, _BACK))]
+            more = [size[i + 1] * self.weights[i, j] for j in range(min(i + 1, _BACK))]
             linear.append(base + size[i + 1] / size[i] * self.linear[i])
             weights.append([w + more[j] if j < len(more) else w for j, w in enumerate(own)])
-        return lv, [row.mix for row in rows], linear, weights
+        return lv, [row.scale for row in rows], [row.mix for row in rows], linear, weights
 
     def __call__(self, x_T: Tensor) -> Tensor:
-        lv, mix, linear, weights = self.rows()
+        lv, scale, mix, linear, weights = self.rows()
         x = x_T * (lv.sigma[0] / float(self.sde.sigma(self.sde.T)))
         history: list[Tensor] = []
         for i in range(len(linear)):
@@ -140,7 +149,7 @@ class _Table:
                 if x.requires_grad
                 else self.score(x, lv.time[i])
             )
-            history.insert(0, score.to(x.dtype) + mix[i] * x)
+            history.insert(0, scale[i] * score.to(x.dtype) + mix[i] * x)
             x = linear[i] * x
             for w, p in zip(weights[i], history, strict=False):
                 x = x + w * p
@@ -158,11 +167,12 @@ class _Table:
     @torch.no_grad()
     def calibration(self, error: float, start_error: float) -> Calibration:
         """The table as it stands."""
-        lv, mix, linear, weights = self.rows()
+        lv, scale, mix, linear, weights = self.rows()
         return Calibration(
             sampler=self.sampler,
             grid=self.grid,
             times=lv.time.tolist(),
+            scale=torch.stack(scale).tolist(),
             mix=torch.stack(mix).tolist(),
             linear=torch.stack(linear).tolist(),
             weights=[torch.stack(row).tolist() for row in weights],

@@ -20,7 +20,7 @@ _FORMAT = 1
 class Calibration:
     """A fitted sampler: goes wherever a sampler's name goes, for the process and model that it was fitted to.
 
-    Evaluation i is made at ``times[i]``, of  p_i = score + mix[i] x_i,  and leads to
+    Evaluation i is made at ``times[i]``, of  p_i = scale[i] score + mix[i] x_i,  and leads to
     x_(i+1) = linear[i] x_i + sum of weights[i][j] p_(i-j);  the last one to x_0. The first x is a draw of the prior,
     scaled to ``times[0]``.
 
@@ -32,6 +32,7 @@ class Calibration:
     sampler: str
     grid: str
     times: list[float]
+    scale: list[float]
     mix: list[float]
     linear: list[float]
     weights: list[list[float]]
@@ -48,16 +49,16 @@ class Calibration:
         return len(self.times)
 
     @property
-    def scale(self) -> float:
-        """From the prior at T to that at the first time."""
+    def start(self) -> float:
+        """What takes a draw of the prior at T to one at the first time."""
         return self.sigma[0] / self.prior_std
 
     @property
     def rule(self) -> StepRule:
         """The step rule, on the grid ``times``."""
         times = torch.tensor(self.times, dtype=torch.float64).unbind()
-        columns = zip(times, self.mix, self.linear, self.weights, strict=True)
-        rows = [Row(time, mix, linear, 0.0, weights, []) for time, mix, linear, weights in columns]
+        columns = zip(times, self.scale, self.mix, self.linear, self.weights, strict=True)
+        rows = [Row(time, scale, mix, linear, 0.0, weights, []) for time, scale, mix, linear, weights in columns]
         return StepRule(
             step,
             begin=lambda system, times: State(rows, 0, ()),
@@ -67,10 +68,14 @@ class Calibration:
     def check(self, sde: SDE) -> None:
         """Raise ValueError unless ``sde`` is the process that this was fitted to."""
         times = torch.tensor(self.times, dtype=torch.float64)
-        same = abs(sde.T - self.T) <= 1e-6 * self.T and sde.t_min <= self.times[-1] * (1 + 1e-6)
+        same = abs(sde.T - self.T) <= 1e-6 * self.T
         if same:
-            now = torch.stack([sde.alpha(times), sde.sigma(times)])
-            same = torch.allclose(now, torch.tensor([self.alpha, self.sigma], dtype=now.dtype), rtol=1e-5, atol=1e-9)
+            end = torch.tensor([float(sde.sigma(sde.T))], dtype=torch.float64)
+            now = torch.cat([sde.alpha(times), sde.sigma(times), end])
+            then = torch.tensor([*self.alpha, *self.sigma, self.prior_std], dtype=torch.float64)
+            same = torch.allclose(now, then, rtol=1e-5, atol=1e-9)
+            if same and sde.t_min > self.times[-1] * (1 + 1e-6):
+                raise ValueError(f"this calibration ends at t = {self.times[-1]:g}, below t_min = {sde.t_min:g}")
         if not same:
             raise ValueError(
                 f"this calibration was made for another process (T = {self.T:g}, sigma = {self.sigma[0]:.4g} at "
@@ -89,10 +94,11 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
         if content.pop("sdekit_calibration") != _FORMAT:
             raise ValueError("of another format")
         calibration = Calibration(**content)
-        n = len(calibration.times)
-        lengths = {len(calibration.mix), len(calibration.linear), len(calibration.weights), len(calibration.alpha)}
-        numbers = [*calibration.times, *calibration.mix, *calibration.linear, *chain(*calibration.weights)]
-        if lengths != {n} or n == 0 or not torch.isfinite(torch.tensor(numbers, dtype=torch.float64)).all():
+        c, n = calibration, len(calibration.times)
+        columns = (c.scale, c.mix, c.linear, c.weights, c.alpha, c.sigma)
+        numbers = [c.T, c.prior_std, *c.times, *c.scale, *c.mix, *c.linear, *c.alpha, *c.sigma, *chain(*c.weights)]
+        wrong = {len(column) for column in columns} != {n} or any(len(w) != i + 1 for i, w in enumerate(c.weights[:2]))
+        if wrong or n == 0 or not torch.isfinite(torch.tensor(numbers, dtype=torch.float64)).all():
             raise ValueError("incomplete")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a calibration of sdekit: {error}") from None

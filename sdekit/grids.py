@@ -61,8 +61,9 @@ def vp_cubic(sde: SDE, n: int) -> Tensor:
 def by_levels(levels: Sequence[float]) -> Callable[[SDE, int], Tensor]:
     """The grid of a hand-made list of noise levels sigma/alpha, for any process and number of steps.
 
-    The list is interpolated in log(level) over its index (Sabour et al. 2024, section 4), and its ends are moved to the
-    process's own. Raises ValueError for fewer than two levels and for levels that do not decrease or are not positive.
+    The list is interpolated in log(level) over its index (Sabour et al. 2024, section 4). Levels that the process does
+    not have are left out, and the ends of the rest are moved to the process's own.
+    Raises ValueError for fewer than two levels and for levels that do not decrease or are not positive.
     """
     listed = torch.as_tensor(levels, dtype=torch.float64)
     if listed.ndim != 1 or len(listed) < 2 or not (listed > 0).all() or not (listed.diff() < 0).all():
@@ -70,8 +71,9 @@ def by_levels(levels: Sequence[float]) -> Callable[[SDE, int], Tensor]:
 
     def grid(sde: SDE, n: int) -> Tensor:
         first, last = _levels(sde)
-        inside = -listed.log()
-        inside = torch.cat([first[None], inside[(inside > first) & (inside < last)], last[None]])
+        lam = -listed.log()
+        kept = lam[(lam > first - 1e-3) & (lam < last + 1e-3)]
+        inside = torch.cat([first[None], kept[1:-1], last[None]])
         at = torch.linspace(0, len(inside) - 1, n + 1, dtype=torch.float64)
         i = at.floor().long().clamp_max(len(inside) - 2)
         return _from_half_log_snr(sde, torch.lerp(inside[i], inside[i + 1], at - i))

@@ -41,11 +41,13 @@ def integrate(
         raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
-    error = torch.zeros(x.shape[0], dtype=torch.float64) if estimate else None
+    error: Tensor | float | None = math.nan if estimate else None  # until a step has been corrected
     for k, (t, s) in enumerate(bar(pairwise(times), progress, steps), start=1):
         x, state = rule(system, x, t, s, noise, state)
-        if error is not None:
-            error += _relative(system, x, t, rule.correction(state))  # type: ignore[misc]
+        if error is not None and (correction := rule.correction(state)) is not None:  # type: ignore[misc]
+            n = system.at(t, x)
+            more = rms(correction) / math.hypot(n.alpha, n.sigma)
+            error = error + more if isinstance(error, Tensor) else more
         if k in kept:
             path.append((s, x))
         if callback is not None:
@@ -69,13 +71,5 @@ def integrate(
         )
         if path
         else None,
-        error=error,
+        error=None if error is None else torch.as_tensor(error).expand(x.shape[0]).cpu().double(),
     )
-
-
-def _relative(system: System, x: Tensor, t: float, correction: Tensor | None) -> Tensor:
-    """RMS over the event of a correction at t, in units of x's own scale there, sqrt(alpha^2 + sigma^2)."""
-    if correction is None:
-        return torch.zeros(x.shape[0], dtype=torch.float64)
-    n = system.at(t, x)
-    return rms(correction).double().cpu() / math.hypot(n.alpha, n.sigma)

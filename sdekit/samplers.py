@@ -136,7 +136,7 @@ def sample(
         if steps is not None or grid is not None:
             raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
         grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
-        x_T = None if x_T is None else x_T * sampler.scale
+        x_T = None if x_T is None else _checks.state(x_T, "x_T") * sampler.start
     row = _sampler(sampler)
     system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)

@@ -40,7 +40,8 @@ class Solution:
     ``status``: per sample "success", "max_nfe", "step_underflow" or "failed". ``trajectory``: kept states, or None.
     ``error`` (B,), float64, on request (``estimate``): the sum over the steps of corrected minus predicted x, each as
     RMS over the event in units of sqrt(alpha_t^2 + sigma_t^2): an estimate of the predictor's error in x_0, which for
-    data of unit variance the flow carries over as it stands (the corrected result is better than that).
+    data of unit variance the flow carries over as it stands (the corrected result is better than that). The last step,
+    after which nothing is evaluated, is not in it; NaN of a single step.
     """
 
     x: Tensor

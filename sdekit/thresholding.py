@@ -34,6 +34,9 @@ class Thresholded:
         time = as_time(t, self.sde.T)
         alpha, sigma = expand(self.sde.alpha(time), x), expand(self.sde.sigma(time), x)
         score = self.score(x, t)
+        if score.shape != x.shape:
+            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(score.shape)}")
+        score = score.to(x.dtype)
         x_0 = (x + sigma**2 * score) / alpha
         return score + (alpha / sigma**2) * (self._move(x_0) - x_0)
 

@@ -1,5 +1,6 @@
 """Calibration: better than the grid it started from on noises it has not seen, on every kind of score and event."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -86,7 +87,8 @@ def test_a_score_without_gradient_gets_its_times(digits64):
     def black_box(x, t):
         return torch.from_numpy(g.score(x.double().numpy(), float(t))).to(x)
 
-    c = calibrate(sde, black_box, (2, 64), nfe=4, seed=0, noises=12, iterations=80, sampler="ipndm")
+    with pytest.warns(UserWarning, match="only the times are fitted"):
+        c = calibrate(sde, black_box, (2, 64), nfe=4, seed=0, noises=12, iterations=80, sampler="ipndm")
     assert c.error < c.start_error
 
 
@@ -101,6 +103,14 @@ def test_networks_keep_their_gradients_and_the_global_generator(digits64):
     c = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=8, iterations=4)
     assert network.weight.grad is None
     assert c.nfe == 4
+
+
+def test_inference_mode_changes_nothing():
+    sde = VPSDE()
+    arguments = {"nfe": 4, "seed": 0, "noises": 8, "iterations": 5}
+    with torch.inference_mode():
+        inside = calibrate(sde, gaussian_score(sde, 0.5), (3, 2), **arguments)
+    assert inside == calibrate(sde, gaussian_score(sde, 0.5), (3, 2), **arguments)
 
 
 def test_same_seed_same_calibration_and_files(tmp_path):
@@ -126,6 +136,10 @@ def test_bad_input_is_named(tmp_path):
         sample(sde, score, (3, 2), c, steps=4)
     with pytest.raises(ValueError, match="nfe = 3 allows 2"):
         sample(sde, score, (3, 2), c, nfe=3)
+    with pytest.raises(ValueError, match="another process"):
+        sample(sde, score, (3, 2), dataclasses.replace(c, prior_std=0.5))
+    with pytest.raises(TypeError, match="x_T must be a floating tensor"):
+        sample(sde, score, (3, 2), c, x_T=torch.ones(3, 2, dtype=torch.int64))
     for arguments, message in (
         ({"nfe": 1}, "nfe must be at least 2"),
         ({"sampler": "ipndn"}, "unknown sampler 'ipndn': did you mean 'ipndm'"),

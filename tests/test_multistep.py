@@ -42,9 +42,8 @@ def test_weights_match_their_closed_form(h):
                   for m in (0, 1))  # fmt: skip
         ratio = step / float(lv.lam[i] - lv.lam[i - 1])
         alpha = float(lv.alpha[i + 1])
-        scale = (lv.sigma**2 / lv.alpha)[[i, i - 1]].numpy()  # the weights are those of score + x/sigma^2
         # the line through (0, p_t) and (-h_previous, p_previous)
-        expected = np.array([alpha * (i0 + ratio * i1), -alpha * ratio * i1]) * scale
+        expected = np.array([alpha * (i0 + ratio * i1), -alpha * ratio * i1])
         np.testing.assert_allclose(rows[i].weights, expected, rtol=1e-9)
         assert rows[i].linear == pytest.approx(float(lv.sigma[i + 1] / lv.sigma[i]), rel=1e-12)
 
@@ -90,7 +89,7 @@ def test_polynomial_predictions_are_integrated_exactly(prediction, order, correc
         a, s, u = sde.alpha(t), sde.sigma(t), float(sde.half_log_snr(t))
         c = CLOCK[clock](u, float(t))
         kind = PREDICTIONS[prediction]
-        return (0.7 + (c - 0.3) ** (order - 1)) / kind.scale(a, s) - kind.mix(a, s) * x
+        return (0.7 + (c - 0.3) ** (order - 1) - kind.mix(a, s) * x) / kind.scale(a, s)
 
     system = sde.reverse(score, churn)
     x = torch.tensor([0.4], dtype=torch.float64)
@@ -124,6 +123,28 @@ def test_x0_rules_are_exact_on_a_point_at_every_noise_and_step(sde, rule, churn)
     mean, var = oracle.propagate(sde.reverse(score, churn), rule, grid, *start, rows=4)
     assert mean == pytest.approx(point * float(sde.alpha(grid[-1])), rel=1e-8)
     assert var == pytest.approx(float(sde.sigma(grid[-1])) ** 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["ipndm", "deis", "dpmpp_3m", "unipc_3", "flow_3m", "dpm_solver_3", "edm"])
+def test_a_network_may_write_all_its_results_into_one_buffer(name):
+    sde = VPSDE()
+    score, buffer = gaussian_score(sde, 0.5), torch.empty(3, 2, dtype=torch.float64)
+    plain, reused = (
+        sample(sde, s, (3, 2), name, steps=8, seed=0, dtype=torch.float64)
+        for s in (score, lambda x, t: buffer.copy_(score(x, t)))
+    )
+    assert torch.equal(plain, reused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states(named, dtype):
+    """No number of a table overflows float16, and bf16 is as good as its digits."""
+    for name in ("dpmpp_2m", "unipc_2", "flow_3m", "ipndm", "dpmpp_2s"):
+        exact = sample(named, gaussian_score(named, 0.5), (64,), name, steps=10, seed=0, dtype=torch.float64)
+        x_T = named.prior_sample((64,), seed=0, dtype=torch.float64)
+        x = sample(named, gaussian_score(named, 0.5), (64,), name, steps=10, x_T=x_T.to(dtype))
+        assert x.dtype == dtype
+        assert (x.double() - exact).abs().mean() < (0.01 if dtype == torch.float16 else 0.08)
 
 
 def test_one_evaluation_a_step_with_corrector_and_start_too():

@@ -96,11 +96,39 @@ def test_the_budget_counts_what_a_run_adds():
         (lambda: restart(low=0.5, high=0.3), "low must be below high, got 0.5 and 0.3"),
         (lambda: restart(repeats=0), "repeats must be at least 1"),
         (lambda: singlestep([(1.0, (0,))], 1, "epsilon"), "unknown prediction 'epsilon'"),
+        (lambda: singlestep([(0.5, (0,))], 1), "the last c = 1"),
+        (lambda: singlestep([(1.0, (1,))], 1), "uses below j"),
+        (lambda: singlestep([], 1), "stages must be pairs"),
+        (lambda: restart("ddim"), "a step rule must be a callable"),
     ],
 )
 def test_bad_input_is_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_levels_of_the_grid_itself_are_levels():
+    """The highest of the process, and the last of the grid, whatever their rounding."""
+    sde = HeatODE()
+    x = torch.ones(2, dtype=torch.float64)
+    for low in (0.05, 0.1, 0.06):
+        system = sde.probability_flow(gaussian_score(sde))
+        assert solve(system, x, [80.0, 10.0, 1.0, 0.3, low], restart(low=low, high=80.0)).nfe == 4 * 2 + 2 * 3 * 2
+
+
+def test_noise_of_the_user_is_left_alone_and_edm_runs_backwards_only():
+    sde = VPSDE()
+
+    class Path:
+        z = torch.ones(2, dtype=torch.float64)
+
+        def normal(self):
+            return self.z
+
+    solve(sde.reverse(gaussian_score(sde)), Path.z.clone(), [0.9, 0.5, 0.1], "dpm_solver_2", noise=Path())
+    assert torch.equal(Path.z, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="holds backwards in time only"):
+        solve(sde.probability_flow(gaussian_score(sde)), torch.ones(2), [0.1, 0.5], edm())
 
 
 def test_levels_outside_the_grid_are_named():

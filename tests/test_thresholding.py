@@ -67,6 +67,13 @@ def test_the_pretrained_model_brings_its_range():
     assert ode_sample(sde, dynamic_threshold(sde, score), (1, 1, 8, 8), seed=0, rtol=1e-2, atol=1e-2).isfinite().all()
 
 
+def test_a_score_of_another_shape_is_refused():
+    sde = VPSDE()
+    wrapped = static_threshold(sde, lambda x, t: -x[:, :1], (-1.0, 1.0))
+    with pytest.raises(ValueError, match=r"score must return x's shape \(3, 4\), got \(3, 1\)"):
+        sample(sde, wrapped, (3, 4), nfe=5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -86,6 +86,8 @@ def chain(first: StepRule, second: StepRule) -> StepRule:
         second.order,
         first.nodes + second.nodes,
         lambda system, times: (first.begin(system, times), second.begin(system, times)),
+        extra=first.extra + second.extra,
+        noisy=first.noisy or second.noisy,
     )
 
 
@@ -98,7 +100,9 @@ def repeat(rule: StepRule, times: int) -> StepRule:
             x, state = rule(system, x, t, s, noise, state)
         return x, state
 
-    return StepRule(step, times * rule.evaluations, rule.order, rule.nodes, rule.begin)
+    return StepRule(
+        step, times * rule.evaluations, rule.order, rule.nodes, rule.begin, extra=times * rule.extra, noisy=rule.noisy
+    )
 
 
 def at_end(rule: StepRule) -> StepRule:

@@ -26,7 +26,7 @@ _FRACTIONS = (_NODES + 1) / 2
 
 
 class Prediction(NamedTuple):
-    """What a rule interpolates:  p = scale (score + mix x),  and how the flow depends on it."""
+    """What a rule interpolates:  p = scale score + mix x,  and how the flow depends on it."""
 
     log_phi: Callable[[Tensor], Tensor]  # of lambda
     b: float
@@ -37,12 +37,15 @@ class Prediction(NamedTuple):
 # phi = r, 1, sqrt(1 + r^2), 1 + r. The unit v is (alpha eps - sigma x_0)/sqrt(alpha^2 + sigma^2); flow is eps - x_0,
 # the velocity of the rectified flow that every process becomes when x and time are scaled.
 PREDICTIONS: dict[str, Prediction] = {
-    "x0": Prediction(lambda lam: -lam, -1.0, lambda a, s: s**2 / a, lambda a, s: s**-2),
+    "x0": Prediction(lambda lam: -lam, -1.0, lambda a, s: s**2 / a, lambda a, s: 1 / a),
     "eps": Prediction(torch.zeros_like, 1.0, lambda a, s: -s, lambda a, s: torch.zeros_like(s)),
     "v": Prediction(
-        lambda lam: softplus(-2 * lam) / 2, 1.0, lambda a, s: -s / a * torch.hypot(a, s), lambda a, s: 1 / (a**2 + s**2)
+        lambda lam: softplus(-2 * lam) / 2,
+        1.0,
+        lambda a, s: -s / a * torch.hypot(a, s),
+        lambda a, s: -s / a / torch.hypot(a, s),
     ),
-    "flow": Prediction(lambda lam: softplus(-lam), 1.0, lambda a, s: -s / a * (a + s), lambda a, s: 1 / (s * (a + s))),
+    "flow": Prediction(lambda lam: softplus(-lam), 1.0, lambda a, s: -s / a * (a + s), lambda a, s: -1 / a),
 }
 
 
@@ -92,6 +95,12 @@ def interpolate(kernel: Tensor, at: Tensor, nodes: Tensor) -> Tensor:
         for j in range(k)
     ]
     return torch.stack([reduce(torch.mul, f, kernel).sum(1) for f in factors], dim=1)
+
+
+def predict(x: Tensor, score: Tensor, scale: float, mix: float) -> Tensor:
+    """scale score + mix x, always in a new tensor: a network may write its next result where this score is."""
+    p = score * scale
+    return p.add_(x, alpha=mix) if mix else p
 
 
 def weighted(x: Tensor, linear: float, terms: tuple[Tensor, ...], weights: list[float]) -> Tensor:

@@ -19,7 +19,7 @@ def langevin(snr: float = 0.16) -> StepRule:
     """
     snr = _checks.positive(snr, "snr")
 
-    @step_rule()
+    @step_rule(noisy=True)
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         n = system.at(t, x)
         e = 2 * (n.alpha / system.at(s, x).alpha * snr * n.sigma) ** 2

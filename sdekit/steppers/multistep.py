@@ -1,7 +1,7 @@
 """Exponential multistep methods: one generator, prediction x clock x order x corrector, at every noise level.
 
 Every method is a table, one row of numbers per evaluation, computed from the whole grid before the loop:
-    x_s = linear x + sum of weights[j] p_j + std z,    p_j = score_j + mix_j x_j,  newest first.
+    x_s = linear x + sum of weights[j] p_j + std z,    p_j = scale_j score_j + mix_j x_j,  newest first.
 A corrector is in it too: the prediction at t, which the step needs anyway, improves the x_t that it was made at
 (Zhao et al. 2023, UniC), and the improvement is another sum over the same predictions. So is the start.
 """
@@ -23,6 +23,7 @@ from sdekit.steppers.exponential import (
     frozen,
     integrand,
     interpolate,
+    predict,
     weighted,
 )
 from sdekit.system import Levels
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     """What one evaluation, at ``time``, does: to the next x, and (``correction``) to the x that it was made at."""
 
     time: Tensor
+    scale: float
     mix: float
     linear: float
     std: float
@@ -118,9 +120,8 @@ def multistep(
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
     rows, i, history = state
-    time, mix, linear, std, weights, _ = rows[i]
-    score = system.score(x, time)
-    history = (torch.add(score, x, alpha=mix) if mix else score, *history)[: len(weights)]
+    time, scale, mix, linear, std, weights, _ = rows[i]
+    history = (predict(x, system.score(x, time), scale, mix), *history)[: len(weights)]
     x_s = x * linear
     for p, weight in zip(history, weights, strict=True):
         x_s.add_(p, alpha=weight)
@@ -132,9 +133,10 @@ def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -
 def finish(system: Any, x: Tensor, t: float, state: State) -> Tensor:
     """E[x_0|x] = (x + sigma^2 score)/alpha with the corrected x, which the same evaluation gives."""
     rows, i, history = state
-    n, score = system.at(t, x), system.score(x, rows[i].time)
-    if rows[i].correction:
-        x = weighted(x, 1.0, (torch.add(score, x, alpha=rows[i].mix), *history), rows[i].correction)
+    n, row = system.at(t, x), rows[i]
+    score = system.score(x, row.time)
+    if row.correction:
+        x = weighted(x, 1.0, (predict(x, score, row.scale, row.mix), *history), row.correction)
     return combine(1 / n.alpha, x, n.sigma**2 / n.alpha, score)
 
 
@@ -152,18 +154,15 @@ def tabulate(
     """A row per node: the first by :func:`_start`, then all alike. The last only corrects. ``p``: the predictor's."""
     n, width = len(g.linear), order + corrector
     first = width + int(collocate and width == _MOST)
-    scale, time = kind.scale(lv.alpha, lv.sigma), lv.time.unbind()
     one = torch.ones(1, dtype=torch.float64)
-    mix, linear, std = map(
-        numbers, (kind.mix(lv.alpha, lv.sigma), torch.cat([g.linear, one]), torch.cat([g.std, 0 * one]))
-    )
+    columns = (kind.scale(lv.alpha, lv.sigma), kind.mix(lv.alpha, lv.sigma), torch.cat([g.linear, one]))
+    scale, mix, linear, std = map(numbers, (*columns, torch.cat([g.std, 0 * one])))
     far = (lv.lam - lv.lam[0]).abs().tolist()
     short = [collocate and 0 < span <= _SPAN for span in far[: min(first, n + 1)]]
     ahead, changes = [], []
-    for i, (weights, change) in enumerate(_start(g, p, place, order, corrector, short)):
-        back = scale[: i + 1].flip(0)
-        ahead.append(numbers(weights * back[: len(weights)]))
-        changes.append(numbers(change * back[: len(change)]))
+    for weights, change in _start(g, p, place, order, corrector, short):
+        ahead.append(numbers(weights))
+        changes.append(numbers(change))
     if n >= first:
         node = torch.arange(first, n + 1)
         seen = node[:, None] - torch.arange(width)
@@ -174,9 +173,9 @@ def tabulate(
             change = _weights(g, node - 1, place[seen])
             change[:, 1:] -= predictor
             weights[:-1] += g.linear[node[:-1], None] * change[:-1]
-        ahead += [*numbers(weights[:-1] * scale[seen[:-1]]), []]
-        changes += numbers(change * scale[seen]) if corrector else [[]] * len(node)
-    return list(map(Row, time, mix, linear, std, ahead, changes))
+        ahead += [*numbers(weights[:-1]), []]
+        changes += numbers(change) if corrector else [[]] * len(node)
+    return list(map(Row, lv.time.unbind(), scale, mix, linear, std, ahead, changes))
 
 
 def _weights(g: Integrand, steps: Any, nodes: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.steppers.base import StepRule
-from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, weighted
+from sdekit.steppers.base import StepRule, as_rule
+from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, predict, weighted
 from sdekit.system import Levels
 
 
@@ -18,6 +18,7 @@ class Stage(NamedTuple):
     """One evaluation, at ``time``, and the x that follows: linear times the step's first x, predictions, noise."""
 
     time: Tensor
+    scale: float
     mix: float
     linear: float
     weights: list[float]  # of the step's predictions so far
@@ -46,6 +47,11 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
     """
     _checks.lookup(PREDICTIONS, prediction, "prediction")
     _checks.lookup(CLOCKS, clock, "clock")
+    sound = [0 < c <= 1 and len(uses) > 0 and all(0 <= u <= j for u in uses) for j, (c, uses) in enumerate(stages)]
+    if not sound or not all(sound) or stages[-1][0] != 1:
+        raise ValueError(
+            f"stages must be pairs (c, uses) with 0 < c <= 1, the last c = 1, uses below j + 1; got {stages}"
+        )
 
     def begin(system: Any, times: list[float]) -> State:
         lv = system.levels(torch.tensor(times, dtype=torch.float64))
@@ -62,15 +68,14 @@ def tabulate(system: Any, stages: Stages, prediction: str, clock: str, start: Le
     for c, _ in stages:
         inner = system.sde.inverse_half_log_snr(torch.lerp(start.lam, end.lam, c)) if c < 1 else end.time
         at.append(system.levels(inner))
-    scale = torch.stack([kind.scale(lv.alpha, lv.sigma) for lv in at[:-1]], dim=1)
     place = torch.stack([to_clock(system, lv.lam) for lv in at[:-1]], dim=1)
     columns = []
     for j, (_, uses) in enumerate(stages):
         whole, last = integrand(kind, system.churn, start, at[j + 1]), integrand(kind, system.churn, at[j], at[j + 1])
         weights = torch.zeros(len(start.lam), j + 1, dtype=torch.float64)
-        weights[:, uses] = interpolate(whole.kernel, to_clock(system, whole.at), place[:, uses]) * scale[:, uses]
-        mix = kind.mix(at[j].alpha, at[j].sigma)
-        numbers = (y.tolist() for y in (mix, whole.linear, weights, last.linear, last.std))
+        weights[:, uses] = interpolate(whole.kernel, to_clock(system, whole.at), place[:, uses])
+        scale, mix = kind.scale(at[j].alpha, at[j].sigma), kind.mix(at[j].alpha, at[j].sigma)
+        numbers = (y.tolist() for y in (scale, mix, whole.linear, weights, last.linear, last.std))
         columns.append(map(Stage, at[j].time.unbind(), *numbers))
     return [list(step) for step in zip(*columns, strict=True)]
 
@@ -85,16 +90,17 @@ def _stages(system: Any, x: Tensor, noise: Any, stages: list[Stage]) -> Tensor:
     predictions: tuple[Tensor, ...] = ()
     y, drawn = x, None
     for stage in stages:
-        score = system.score(y, stage.time)
-        predictions += (torch.add(score, y, alpha=stage.mix) if stage.mix else score,)
+        predictions += (predict(y, system.score(y, stage.time), stage.scale, stage.mix),)
         y = weighted(x, stage.linear, predictions, stage.weights)
         if stage.std:
-            fresh = noise.normal().mul_(stage.std)
+            fresh = stage.std * noise.normal()
             drawn = fresh if drawn is None else fresh.add_(drawn, alpha=stage.carry)
         if drawn is not None:
             y.add_(drawn)
     return y
 
+
+_SLACK = 1 + 1e-9  # a level that is given may be the grid's own, but for rounding
 
 # Euler in d(x/alpha)/d(sigma/alpha) = eps, and the trapezium: Heun's method in the frame of Karras et al. 2022.
 _HEUN = ((1.0, (0,)), (1.0, (0, 1)))
@@ -116,6 +122,10 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
     def begin(system: Any, times: list[float]) -> tuple[list[tuple[float, float]], State]:
+        if churn and times[-1] > times[0]:
+            raise ValueError(
+                f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
+            )
         lv = system.levels(torch.tensor(times, dtype=torch.float64))
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
         r = torch.exp(-start.lam)
@@ -150,7 +160,7 @@ def restart(
     Costs repeats * steps more of its steps, once in a run. Raises ValueError where the grid does not pass ``low``,
     unless 0 < low < high, and for high above the process's highest level.
     """
-    rule = edm(churn=0.0) if rule is None else rule
+    rule = edm(churn=0.0) if rule is None else as_rule(rule)
     low, high = _checks.positive(low, "low"), _checks.positive(high, "high")
     repeats, steps = _checks.count(repeats, "repeats"), _checks.count(steps, "steps")
     if low >= high:
@@ -158,15 +168,16 @@ def restart(
 
     def begin(system: Any, times: list[float]) -> Any:
         lv = system.levels(torch.tensor(times, dtype=torch.float64))
-        r = torch.exp(-lv.lam)
-        if not r[-1] <= low < r[0]:
+        r = lv.sigma / lv.alpha
+        if not r[-1] <= low * _SLACK < r[0]:
             ends = f"{float(r[0]):g} to {float(r[-1]):g}"
             raise ValueError(f"low must be a level that the grid passes, from sigma/alpha = {ends}, got {low:g}")
-        i = int((r <= low).nonzero()[0])
-        top = math.exp(-float(system.levels(torch.tensor([system.sde.T], dtype=torch.float64)).lam))
-        if high > top:
+        i = int((r <= low * _SLACK).nonzero()[0])
+        last = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
+        top = float(last.sigma / last.alpha)
+        if high > top * _SLACK:
             raise ValueError(f"high must be at most {top:g}, the process's highest sigma/alpha, got {high:g}")
-        levels = torch.linspace(high ** (1 / 7), float(r[i]) ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
+        levels = torch.linspace(min(high, top) ** (1 / 7), float(r[i]) ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
         inner = system.levels(system.sde.inverse_half_log_snr(-levels.log()))
         down = [*inner.time.tolist()[:-1], times[i]]
         scale = float(inner.alpha[0] / lv.alpha[i])
@@ -187,6 +198,6 @@ def restart(
         return x, (turn, scale, std, down, again, rest, main)
 
     return StepRule(
-        take, rule.evaluations, rule.order, begin=begin, extra=repeats * steps * rule.evaluations,
+        take, rule.evaluations, rule.order, begin=begin, extra=rule.extra + repeats * steps * rule.evaluations,
         weak_order=rule.weak_order, noisy=True,
     )  # fmt: skip
