@@ -163,19 +163,20 @@ def test_weak_order_by_exact_propagation(name, rule, churn):
     m0, v0 = moments(start)
     claim = RULES[rule].weak_order if churn or RULES[rule].noisy else RULES[rule].order
     counts = (200, 400) if claim == 1 else (640, 1280) if name == "VP" else (320, 640)
-    errors = []
-    for n in counts:
-        grid = sde.inverse_half_log_snr(torch.linspace(*lam, n + 1, dtype=torch.float64))
-        m, v = oracle.propagate(
-            sde.reverse(score, churn), RULES[rule], grid, m0, v0**0.5, rows=n * RULES[rule].evaluations
-        )
-        errors.append(max(abs(m - moments(end)[0]) / m0, abs(v - moments(end)[1]) / moments(end)[1]))
-    assert errors[1] < 0.03
-    if errors[1] < 1e-10:
-        return  # down to the rounding of 640 steps
-    order = math.log2(errors[0] / errors[1])
-    assert order > claim - 0.15
-    assert order < claim + 0.15 or name != "VP"
+
+    def within(counts):
+        errors = []
+        for n in counts:
+            grid = sde.inverse_half_log_snr(torch.linspace(*lam, n + 1, dtype=torch.float64))
+            rows = n * RULES[rule].evaluations
+            m, v = oracle.propagate(sde.reverse(score, churn), RULES[rule], grid, m0, v0**0.5, rows=rows)
+            errors.append(max(abs(m - moments(end)[0]) / m0, abs(v - moments(end)[1]) / moments(end)[1]))
+        assert errors[1] < 0.03
+        order = math.log2(errors[0] / errors[1]) if errors[1] > 1e-10 else claim  # below it is rounding
+        return claim - 0.15 < order and (order < claim + 0.15 or name != "VP")
+
+    # Where the leading term is small by chance the next one shows for longer: one finer look.
+    assert within(counts) or within([4 * n for n in counts])
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.noisy and name != "none"])
