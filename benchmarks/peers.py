@@ -248,22 +248,11 @@ def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
 @torch.no_grad()
 def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
     """The cost of a step beside the network, as ratios to overhead.py's bare loop."""
-    rows = [
-        (f"sdekit {name}", row.rule.evaluations, row.stochastic, partial(overhead.ours, name))
-        for name, row in SAMPLERS.items()
-    ]
+    rows = [(f"sdekit {name}" if name in SAMPLERS else name, *rest) for name, *rest in overhead.rows()]
     for name in PEER_LOOPS:
         if peer_samplers.available(name.split()[0]):
-            rows.append((name, 1, name.startswith("torchsde"), partial(peer_loop, name)))
-    found = []
-    for name, evaluations, noisy, make in rows:
-        row: dict[str, Any] = {"sampler": name, "evaluations": evaluations, "noise": noisy}
-        for shape in overhead.SHAPES:
-            steps = (300 if shape[0] == 1 else 60) // (10 if quick else 1)
-            d = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            row[f"{shape}"] = round(overhead.ratio(overhead.bare(d, steps, noisy), make(d, steps), turns)[0], 2)
-        found.append(row)
-    return found
+            rows.append((name, lambda n: n, name.startswith("torchsde"), partial(peer_loop, name)))
+    return [overhead.measure(*row, turns, shorter=10 if quick else 1) for row in rows]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from sdekit.reverse import Reverse
 from sdekit.samplers import SAMPLERS, sample
 from sdekit.sde import SDE
 from sdekit.solution import rms
+from sdekit.steppers.multistep import Table
 from sdekit.system import Levels, Score
 
 _STARTS = ("ipndm", "flow_3m", "v_3m")
@@ -102,7 +104,7 @@ class _Table:
 
     def __init__(self, sde: SDE, score: Score, sampler: str, grid: str, times: Tensor, slack: float) -> None:
         self.sde, self.score, self.sampler, self.grid = sde, score, sampler, grid
-        self.table, self.system = SAMPLERS[sampler].rule.table, Reverse(sde, score, 0.0)
+        self.base, self.system = SAMPLERS[sampler].rule.table, Reverse(sde, score, 0.0)
         first, last = float(sde.half_log_snr(sde.T)), float(sde.half_log_snr(sde.t_min))
         self.first, self.range, n = first, last - first, len(times)
         gaps = torch.cat([torch.zeros(1), sde.half_log_snr(times).diff() / self.range, torch.zeros(1)])
@@ -120,38 +122,26 @@ class _Table:
         t = t + (lam - lam.detach()) * (-2 * c.sigma**2 / c.g2)  # dlambda/dt = -g^2/(2 sigma^2)
         return Levels(t, self.sde.alpha(t), self.sde.sigma(t), lam)
 
-    def rows(self) -> tuple[Levels, list[Any], list[Any], list[Any], list[list[Any]]]:
-        """Levels, and for each evaluation scale, mix, linear and weights."""
+    def table(self) -> tuple[Levels, Table]:
+        """Levels, and the rule's table with the additions."""
         lv = self.levels()
-        rows = self.table.rows(self.system, lv, lambda values: list(values.unbind()))
+        table = self.base(self.system, lv)
         size = torch.cat([torch.hypot(lv.alpha, lv.sigma), torch.ones(1)])  # of x at each level, and of x_0
-        linear, weights = [], []
-        for i, row in enumerate(rows):
-            base, own = row.linear, [*row.weights]
-            if i == len(rows) - 1:  # x_0 = (x + correction + sigma^2 score)/alpha,  score = (p - mix x)/scale
-                share = lv.sigma[i] ** 2 / row.scale
-                base, own = (1 - share * row.mix) / lv.alpha[i], [c / lv.alpha[i] for c in row.correction]
-                own = own or [torch.zeros(())]
-                own[0] = own[0] + share / lv.alpha[i]
-            own += [torch.zeros(())] * (min(i + 1, _BACK) - len(own))
-            more = [size[i + 1] * self.weights[i, j] for j in range(min(i + 1, _BACK))]
-            linear.append(base + size[i + 1] / size[i] * self.linear[i])
-            weights.append([w + more[j] if j < len(more) else w for j, w in enumerate(own)])
-        return lv, [row.scale for row in rows], [row.mix for row in rows], linear, weights
+        width = max(_BACK, table.weights.shape[1])
+        weights = pad(table.weights, (0, width - table.weights.shape[1]))
+        weights = weights + pad(size[1:, None] * self.weights.tril(), (0, width - _BACK))
+        return lv, table._replace(linear=table.linear + size[1:] / size[:-1] * self.linear, weights=weights)
 
     def __call__(self, x_T: Tensor) -> Tensor:
-        lv, scale, mix, linear, weights = self.rows()
+        lv, table = self.table()
         x = x_T * (lv.sigma[0] / float(self.sde.sigma(self.sde.T)))
         history: list[Tensor] = []
-        for i in range(len(linear)):
-            score = (
-                checkpoint(self.score, x, lv.time[i], use_reentrant=False)
-                if x.requires_grad
-                else self.score(x, lv.time[i])
-            )
-            history.insert(0, scale[i] * score.to(x.dtype) + mix[i] * x)
-            x = linear[i] * x
-            for w, p in zip(weights[i], history, strict=False):
+        columns = (table.time, table.scale, table.mix, table.linear, table.weights)
+        for time, scale, mix, linear, weights in zip(*columns, strict=True):
+            score = checkpoint(self.score, x, time, use_reentrant=False) if x.requires_grad else self.score(x, time)
+            history.insert(0, scale * score.to(x.dtype) + mix * x)
+            x = linear * x
+            for w, p in zip(weights, history, strict=False):
                 x = x + w * p
         return x
 
@@ -167,15 +157,15 @@ class _Table:
     @torch.no_grad()
     def calibration(self, error: float, start_error: float) -> Calibration:
         """The table as it stands."""
-        lv, scale, mix, linear, weights = self.rows()
+        lv, table = self.table()
         return Calibration(
             sampler=self.sampler,
             grid=self.grid,
             times=lv.time.tolist(),
-            scale=torch.stack(scale).tolist(),
-            mix=torch.stack(mix).tolist(),
-            linear=torch.stack(linear).tolist(),
-            weights=[torch.stack(row).tolist() for row in weights],
+            scale=table.scale.tolist(),
+            mix=table.mix.tolist(),
+            linear=table.linear.tolist(),
+            weights=[row[: i + 1] for i, row in enumerate(table.weights.tolist())],
             error=error,
             start_error=start_error,
             T=self.sde.T,

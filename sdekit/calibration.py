@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sdekit.sde import SDE
 from sdekit.steppers import StepRule
-from sdekit.steppers.multistep import Row, State, step
+from sdekit.steppers.multistep import Table, finish, step
 
 _FORMAT = 1
 
@@ -56,14 +57,11 @@ class Calibration:
     @property
     def rule(self) -> StepRule:
         """The step rule, on the grid ``times``."""
-        times = torch.tensor(self.times, dtype=torch.float64).unbind()
-        columns = zip(times, self.scale, self.mix, self.linear, self.weights, strict=True)
-        rows = [Row(time, scale, mix, linear, 0.0, weights, []) for time, scale, mix, linear, weights in columns]
-        return StepRule(
-            step,
-            begin=lambda system, times: State(rows, 0, ()),
-            finish=lambda system, x, t, state: step(system, x, t, 0.0, None, state)[0],
-        )
+        columns = (self.times, self.scale, self.mix, self.linear, [0.0] * self.nfe)
+        time, scale, mix, linear, std = torch.tensor(columns, dtype=torch.float64)
+        weights = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in self.weights], batch_first=True)
+        table = Table(time, scale, mix, linear, std, weights, None)
+        return StepRule(step, begin=lambda system, times, x: table.start(x), finish=finish)
 
     def check(self, sde: SDE) -> None:
         """Raise ValueError unless ``sde`` is the process that this was fitted to."""

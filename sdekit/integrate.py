@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdekit import _checks
 from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, full, keep_indices, rms
 from sdekit.steppers import StepRule
 from sdekit.system import System
@@ -36,14 +37,15 @@ def integrate(
     nfe, steps = system.nfe, len(times) - 1
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
     system.prepare(times + between, x)
-    state = rule.begin(system, times)
+    state = rule.begin(system, times, x)
     if keep > steps + 1:
         raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
     error: Tensor | float | None = math.nan if estimate else None  # until a step has been corrected
-    for k, (t, s) in enumerate(bar(pairwise(times), progress, steps), start=1):
-        x, state = rule(system, x, t, s, noise, state)
+    step, pairs = rule.step, pairwise(times)
+    for k, (t, s) in enumerate(bar(pairs, progress, steps) if progress else pairs, start=1):
+        x, state = step(system, x, t, s, noise, state)
         if error is not None and (correction := rule.correction(state)) is not None:  # type: ignore[misc]
             n = system.at(t, x)
             more = rms(correction) / math.hypot(n.alpha, n.sigma)
@@ -55,7 +57,7 @@ def integrate(
     if denoise:
         x = rule.finish(system, x, times[-1], state)
     system.settle()
-    if not torch.isfinite(x).all():
+    if not _checks.finite(x):
         raise FloatingPointError(f"the state overflowed between t = {times[0]:g} and {times[-1]:g}; take more steps")
     evaluations = system.nfe - nfe
     return Solution(

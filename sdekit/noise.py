@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,12 +35,19 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        key = int(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(1, np.uint64)[0])
-        self._generators = [torch.Generator(like.device).manual_seed(_sample_key(key, i)) for i in ids]
+        self._like, self._ids = like[:0], ids
+        self._key = int(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(1, np.uint64)[0])
         # Small events are drawn many at a time: one call per sample and block, not per sample and step.
         self._block = max(1, _BLOCK // like[0].numel())
-        self._drawn = like.new_empty(like.shape[0], self._block, *like.shape[1:])
         self._next = self._block
+
+    @cached_property
+    def _generators(self) -> list[torch.Generator]:  # made by the first draw, which many a solver never makes
+        return [torch.Generator(self._like.device).manual_seed(_sample_key(self._key, i)) for i in self._ids]
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        return self._like.new_empty(len(self._ids), self._block, *self._like.shape[1:])
 
     def normal(self) -> Tensor:
         """The next standard normal tensor, (B, *event)."""

@@ -34,6 +34,7 @@ class Reverse(System):
         sde.require_signal_at_T()
         self.sde, self.score = sde, CountedScore(score)
         self._nodes: dict[float, Node] = {}
+        self._visits: frozenset[float] = frozenset()
 
     @property
     def nfe(self) -> int:  # type: ignore[override]
@@ -51,11 +52,18 @@ class Reverse(System):
         return self.sde.t_min, self.sde.T
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
-        """Tabulate the process at all times of a loop in one vectorised call."""
-        time = torch.tensor(times, dtype=torch.float64)
-        columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
-        columns.append(list(time.unbind()))
-        self._nodes = dict(zip(times, map(Node._make, zip(*columns, strict=True)), strict=True))
+        """Remember all times of a loop, so that the first look tabulates the process at all of them in one call."""
+        self._nodes, self._visits = {}, frozenset(times)
+
+    def _node(self, t: float) -> Node:
+        node = self._nodes.get(t)
+        if node is None:
+            times = list(self._visits) if t in self._visits else [t]
+            time = torch.tensor(times, dtype=torch.float64)
+            columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
+            self._nodes.update(zip(times, map(Node._make, zip(*columns, time.unbind(), strict=True)), strict=True))
+            node = self._nodes[t]
+        return node
 
     def levels(self, times: Tensor) -> Levels:
         """alpha, sigma and half log-SNR at all times, in one vectorised call."""
@@ -69,15 +77,10 @@ class Reverse(System):
     def at(self, t: Time, x: Tensor) -> Node:
         """The process at t: from the table on a grid, computed anywhere else."""
         if isinstance(t, float):
-            node = self._nodes.get(t)
-            return self._scalar_node(t) if node is None else node
+            return self._node(t)
         time = as_time(t, self.sde.T)
         given = time if time.ndim == 0 else batch_time(time, x)
         return Node._make([*(expand(y, x) for y in self._row(time)), given])
-
-    def _scalar_node(self, t: float) -> Node:
-        time = torch.tensor(t, dtype=torch.float64)
-        return Node._make([*(float(y) for y in self._row(time)), time])
 
     def _row(self, time: Tensor) -> list[Tensor]:
         c = self.sde.coefficients(time)
@@ -91,8 +94,7 @@ class Reverse(System):
     def diffusion(self, t: Time) -> Any:
         """churn g(t): a float for a float, else a tensor of t's shape and dtype."""
         if isinstance(t, float):
-            node = self._nodes.get(t)
-            return self.churn * (self._scalar_node(t) if node is None else node).g2 ** 0.5
+            return self.churn * self._node(t).g2 ** 0.5
         g = self.churn * self.sde.coefficients(t).g2.sqrt()
         return g.to(t.dtype) if t.is_floating_point() else g
 
@@ -108,11 +110,11 @@ class Reverse(System):
 
 
 def combine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
-    """a x + b y, in one pass less where b is a number."""
-    return torch.add(a * x, y, alpha=b) if isinstance(b, float) else a * x + b * y
+    """a x + b y, in one pass and one tensor less where b is a number."""
+    return (a * x).add_(y, alpha=b) if isinstance(b, float) else a * x + b * y
 
 
-_WIDE = (torch.float32, torch.float64)
+_WINDOW = 64  # evaluations between looks at whether they were finite
 
 
 class CountedScore:
@@ -128,7 +130,9 @@ class CountedScore:
         if not callable(score):
             raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
         self.score, self.budget, self.nfe = score, budget, 0
-        self._watched: list[tuple[Tensor, Tensor]] = []
+        self._times: list[Tensor] = []  # of the evaluations since the last check
+        self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
+        self._slots: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The checked score, in x's dtype; one evaluation."""
@@ -138,12 +142,21 @@ class CountedScore:
         out = self.score(x, t)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
+        times = self._times
+        if not times:
+            self._make_room(out)
         # A sum is finite only if every entry is: one reduction, and nobody waits for it.
-        total = out.sum() if out.dtype in _WIDE else out.sum(dtype=torch.float32)
-        self._watched.append((t, total.detach() if total.requires_grad else total))
-        if t.ndim == 1 or len(self._watched) == 64:
+        torch.sum(out.detach() if out.requires_grad else out, None, dtype=self._sums.dtype, out=self._slots[len(times)])
+        times.append(t)
+        if len(times) == _WINDOW or t.ndim:
             self.check()
         return out
+
+    def _make_room(self, out: Tensor) -> None:
+        dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
+        if not self._slots or (self._sums.dtype, self._sums.device) != (dtype, out.device):
+            self._sums = torch.zeros(_WINDOW, dtype=dtype, device=out.device)
+            self._slots = self._sums.unbind()
 
     @staticmethod
     def _fitting(out: Any, x: Tensor) -> Tensor:
@@ -155,9 +168,10 @@ class CountedScore:
 
     def check(self) -> None:
         """Raise FloatingPointError if an evaluation since the last check was not finite."""
-        watched, self._watched = self._watched, []
-        if watched and not torch.isfinite(torch.stack([total for _, total in watched])).all():
-            t = next(t for t, total in watched if not torch.isfinite(total))
+        times, self._times = self._times, []
+        finite = torch.isfinite(self._sums[: len(times)])
+        if not finite.all():
+            t = times[int((~finite).int().argmax())]
             at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
             raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
 

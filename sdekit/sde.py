@@ -141,21 +141,31 @@ class SDE(System):
         return self.alpha(t).log() - self.sigma(t).log()
 
     def inverse_half_log_snr(self, lam: Time) -> Tensor:
-        """The time at which ``half_log_snr`` is lam, by bisection in float64; exact to rounding.
+        """The time at which ``half_log_snr`` is lam, to rounding, in float64; whatever the process.
 
+        A table of times, then Newton's method between two of them, with a bisection wherever it would leave them.
         Raises ValueError where lam is not reached in [0, T].
         """
         lam = torch.as_tensor(lam, dtype=torch.float64)
-        low, high = torch.zeros_like(lam), torch.full_like(lam, self.T)
+        first, last = self.half_log_snr(0.0), self.half_log_snr(self.T)
         slack = 1e-9 * (1 + lam.abs())
-        if bool((lam > self.half_log_snr(low) + slack).any() or (lam < self.half_log_snr(high) - slack).any()):
-            ends = f"[{float(self.half_log_snr(self.T)):g}, {float(self.half_log_snr(0.0)):g}]"
+        if bool((lam > first + slack).any() or (lam < last - slack).any()):
+            ends = f"[{float(last):g}, {float(first):g}]"
             raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {lam}")
-        for _ in range(100):  # t halves towards 0 too: 100 halvings reach any t > 1e-30 T
-            mid = (low + high) / 2
-            noisy = self.half_log_snr(mid) < lam
-            low, high = torch.where(noisy, low, mid), torch.where(noisy, mid, high)
-        return (low + high) / 2
+        times = self.T * torch.logspace(-30, 0, 512, dtype=torch.float64)
+        table = self.half_log_snr(times)
+        i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)
+        low, high = times[i - 1], times[i]
+        t = low + (high - low) * ((table[i - 1] - lam) / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
+        for _ in range(100):
+            c = self.coefficients(t)
+            off = c.alpha.log() - c.sigma.log() - lam
+            low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
+            newton = t + off * 2 * c.sigma**2 / c.g2  # dlambda/dt = -g^2/(2 sigma^2)
+            t = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+            if ((off.abs() < 1e-8) | (high - low <= 1e-15 * high)).all():
+                break
+        return t
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""

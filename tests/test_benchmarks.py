@@ -95,8 +95,10 @@ def test_idx_files(tmp_path):
             image_data.read_idx(tmp_path, name)
 
 
-def test_overhead_counts_the_bare_loops_noise(monkeypatch, tmp_path, capsys):
-    rows = {"ddim": False, "ancestral": True, "edm": True, "pc": True}
+def test_overhead_is_per_evaluation_and_counts_the_bare_loops_noise(monkeypatch, tmp_path, capsys):
+    rows = {"ddim": ("1", False), "ancestral": ("1", True), "edm": ("2", True), "restart": ("2", True)}
+    loops, base = [], overhead.bare
+    monkeypatch.setattr(overhead, "bare", lambda d, n, noisy: loops.append((n, noisy)) or base(d, n, noisy))
     monkeypatch.setattr(overhead, "SHAPES", ((1, 4),))
     monkeypatch.setattr(overhead, "SAMPLERS", {name: SAMPLERS[name] for name in rows})
     monkeypatch.setattr(sys, "argv", ["overhead.py", "--turns", "1", "--out", str(tmp_path)])
@@ -104,8 +106,10 @@ def test_overhead_counts_the_bare_loops_noise(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("(bare loop with randn)") == 3
     with (tmp_path / "overhead.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == ["sampler", "evaluations", "noise", "ratio (1, 4)", "microseconds (1, 4)"]
-    assert {row["sampler"]: row["noise"] == "True" for row in found} == rows
+    assert list(found[0]) == ["sampler", "evaluations a step", "noise", "ratio (1, 4)", "microseconds (1, 4)"]
+    sums = {f"(sums of {k} predictions)": ("1", False) for k in (2, 3, 4)}
+    assert {row["sampler"]: (row["evaluations a step"], row["noise"] == "True") for row in found} == {**rows, **sums}
+    assert loops[:4] == [(300, False), (300, True), (600, True), (612, True)]  # restart goes back once
     assert all(float(row["ratio (1, 4)"]) > 0 for row in found)
 
 

@@ -23,18 +23,19 @@ class Silent:
         return torch.zeros(1, dtype=torch.float64)
 
 
-def rows_of(order, prediction, h, churn=0.0):
-    """The rows of a grid with steps of h in half log-SNR, and the levels they belong to."""
+def table_of(order, prediction, h, churn=0.0):
+    """The table of a grid with steps of h in half log-SNR, and the levels it belongs to."""
     sde = VPSDE()
     grid = sde.inverse_half_log_snr(torch.arange(6, dtype=torch.float64) * h)
     system = sde.reverse(lambda x, t: -x, churn)
-    return system.levels(grid), multistep(order, prediction).begin(system, grid.tolist()).rows
+    levels = system.levels(grid)
+    return levels, multistep(order, prediction).table(system, levels)
 
 
 @pytest.mark.parametrize("h", [1.0, 1e-1, 1e-3, 1e-5])
 def test_weights_match_their_closed_form(h):
     """PITFALL 24: order 2 in x_0 has the weights alpha_s (phi_1 h + phi_2 h) and -alpha_s phi_2 h, by series."""
-    lv, rows = rows_of(2, "x0", h)
+    lv, table = table_of(2, "x0", h)
     for i in range(1, 5):
         step = float(lv.lam[i + 1] - lv.lam[i])
         # integral of e^(u - h) u^m / h^m du over [0, h] = h sum_k (-h)^k m! / (m + k + 1)!  (no cancellation)
@@ -44,8 +45,8 @@ def test_weights_match_their_closed_form(h):
         alpha = float(lv.alpha[i + 1])
         # the line through (0, p_t) and (-h_previous, p_previous)
         expected = np.array([alpha * (i0 + ratio * i1), -alpha * ratio * i1])
-        np.testing.assert_allclose(rows[i].weights, expected, rtol=1e-9)
-        assert rows[i].linear == pytest.approx(float(lv.sigma[i + 1] / lv.sigma[i]), rel=1e-12)
+        np.testing.assert_allclose(table.weights[i], expected, rtol=1e-9)
+        assert float(table.linear[i]) == pytest.approx(float(lv.sigma[i + 1] / lv.sigma[i]), rel=1e-12)
 
 
 @pytest.mark.parametrize("churn", [0.3, 1.0])
@@ -54,15 +55,15 @@ def test_noise_and_linear_part_match_their_closed_form(h, churn):
     """SA-Solver's: x_0 has sigma_s sqrt(1 - e^(-2 c^2 h)) and e^(-c^2 h), eps has c sigma_s sqrt(e^(2h) - 1)."""
     c2 = churn**2
     for prediction in ("x0", "eps"):
-        lv, rows = rows_of(3, prediction, h, churn)
+        lv, table = table_of(3, prediction, h, churn)
         for i in range(5):
             step, sigma = float(lv.lam[i + 1] - lv.lam[i]), float(lv.sigma[i + 1])
             if prediction == "x0":
                 std, linear = sigma * math.sqrt(-math.expm1(-2 * c2 * step)), sigma / lv.sigma[i] * math.exp(-c2 * step)
             else:
                 std, linear = churn * sigma * math.sqrt(math.expm1(2 * step)), lv.alpha[i + 1] / lv.alpha[i]
-            assert rows[i].std == pytest.approx(std, rel=1e-9)
-            assert rows[i].linear == pytest.approx(float(linear), rel=1e-12)
+            assert float(table.std[i]) == pytest.approx(std, rel=1e-9)
+            assert float(table.linear[i]) == pytest.approx(float(linear), rel=1e-12)
 
 
 CLOCK = {

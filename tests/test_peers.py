@@ -242,12 +242,16 @@ def test_the_peers_denoiser_is_the_oracles():
 
 def test_overhead_of_a_peer(monkeypatch):
     monkeypatch.setattr(peers.overhead, "SHAPES", ((1, 4),))
-    monkeypatch.setattr(peers, "SAMPLERS", {"ddim": SAMPLERS["ddim"]})
+    monkeypatch.setattr(peers.overhead, "SAMPLERS", {"ddim": SAMPLERS["ddim"]})
     loops = ["torchdiffeq euler", "torchsde euler"]
     loops += [name for name in peers.AZULA_STEPS if peer_samplers.available("azula")]
     monkeypatch.setattr(peers, "PEER_LOOPS", loops)
     with torch.random.fork_rng(devices=[]):  # azula's DDIM draws
         rows = peers.overhead_rows(turns=1, quick=True)
-    assert [row["sampler"] for row in rows] == ["sdekit ddim", *loops]
-    assert all(row["(1, 4)"] > 0 for row in rows)
+    assert [row["sampler"] for row in rows] == [
+        "sdekit ddim",
+        *(f"(sums of {k} predictions)" for k in (2, 3, 4)),
+        *loops,
+    ]
+    assert all(row["ratio (1, 4)"] > 0 for row in rows)
     assert "| torchsde euler (bare loop with randn) | 1 | " in peers.overhead_table(rows)

@@ -25,9 +25,9 @@ class StepRule:
     ``noisy``: the rule draws noise of its own, even where the system's churn is 0.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
-    ``begin(system, times)``: makes the first state from the whole grid, where None is not enough.
+    ``begin(system, times, x)``: makes the first state from the whole grid and the first x, where None is not enough.
     ``finish(system, x, t, state)``: E[x_0|x] at the last time, one evaluation, where history improves on it.
-    ``table``: of a multistep rule, what it predicts and its weights as a function of the grid; calibration tunes it.
+    ``table(system, levels)``: of a multistep rule, its numbers as a function of the grid; calibration tunes them.
     ``correction(state)``: what the evaluation of the last step said of the step before: corrected minus predicted x
     there, or None before there is one. A free estimate of the local error.
     """
@@ -36,7 +36,7 @@ class StepRule:
     evaluations: int = 1
     order: int = 1
     nodes: tuple[float, ...] = ()
-    begin: Callable[[Any, list[float]], Any] = lambda system, times: None
+    begin: Callable[[Any, list[float], Tensor], Any] = lambda system, times, x: None
     extra: int = 0
     weak_order: int = 1
     noisy: bool = False
@@ -85,7 +85,7 @@ def chain(first: StepRule, second: StepRule) -> StepRule:
         first.evaluations + second.evaluations,
         second.order,
         first.nodes + second.nodes,
-        lambda system, times: (first.begin(system, times), second.begin(system, times)),
+        lambda system, times, x: (first.begin(system, times, x), second.begin(system, times, x)),
         extra=first.extra + second.extra,
         noisy=first.noisy or second.noisy,
     )

@@ -25,11 +25,12 @@ def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
     stochastic Heun method, whose limit is the Stratonovich integral, the same as Ito's for diffusion(t).
     """
     h = s - t
-    dW = noise.increment(t, s) if system.churn else 0.0
-    g_t, g_s = system.diffusion(t), system.diffusion(s)
     d_t = system.drift(x, t)
-    d_s = system.drift(x.add(d_t, alpha=h) + g_t * dW, s)
-    return x.add(d_t + d_s, alpha=h / 2) + (g_t + g_s) / 2 * dW, state
+    x_s, y = x.add(d_t, alpha=h / 2), x.add(d_t, alpha=h)
+    if system.churn:
+        dW, g_t, g_s = noise.increment(t, s), system.diffusion(t), system.diffusion(s)
+        x_s, y = x_s + (g_t + g_s) / 2 * dW, y + g_t * dW
+    return x_s.add_(system.drift(y, s), alpha=h / 2), state
 
 
 @step_rule(evaluations=4, order=4, nodes=(0.5,))
@@ -39,11 +40,11 @@ def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> t
     """
     h = s - t
     m = t + 0.5 * (s - t)
-    k1 = system.drift(x, t)
-    k2 = system.drift(x.add(k1, alpha=h / 2), m)
-    k3 = system.drift(x.add(k2, alpha=h / 2), m)
-    k4 = system.drift(x.add(k3, alpha=h), s)
-    x_s = x.add(k1 + 2 * (k2 + k3) + k4, alpha=h / 6)
+    x_s, y, u = x, x, t  # the sum as it grows, and where the next stage looks
+    for c, weight, v in ((h / 2, h / 6, m), (h / 2, h / 3, m), (h, h / 3, s)):
+        k = system.drift(y, u)
+        x_s, y, u = x_s.add(k, alpha=weight), x.add(k, alpha=c), v
+    x_s = x_s.add(system.drift(y, s), alpha=h / 6)
     if system.churn:
         x_s = x_s + system.diffusion(t) * noise.increment(t, s)
     return x_s, state

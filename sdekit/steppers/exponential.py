@@ -10,8 +10,8 @@ predictions under the integral, which is taken by Gauss-Legendre quadrature in f
 to 0, where phi-functions in closed form lose all digits.
 """
 
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,12 @@ from torch.nn.functional import softplus
 
 from sdekit.system import Levels
 
-_NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(24))
-_FRACTIONS = (_NODES + 1) / 2
+# Gauss-Legendre points and weights of [0, 1] by their number: 8 are exact to rounding up to a step of 1/2.
+_QUADRATURE = {
+    n: tuple(torch.from_numpy(a) / 2 for a in (points + 1, weights))
+    for n, (points, weights) in ((n, np.polynomial.legendre.leggauss(n)) for n in (8, 24))
+}
+_ONE = torch.ones((), dtype=torch.float64)
 
 
 class Prediction(NamedTuple):
@@ -71,7 +75,8 @@ def integrand(kind: Prediction, churn: float, start: Levels, end: Levels) -> Int
     """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,)."""
     k, lam_s = 1 + churn**2, end.lam[:, None]
     h = lam_s - start.lam[:, None]
-    at, dlam = start.lam[:, None] + h * _FRACTIONS, h * _WEIGHTS / 2
+    points, weights = _QUADRATURE[8 if float(h.detach().abs().max()) <= 0.5 else 24]
+    at, dlam = start.lam[:, None] + h * points, h * weights
     log_phi, log_phi_s = kind.log_phi(at), kind.log_phi(lam_s)
     kernel = -k * kind.b * end.alpha[:, None] * torch.exp(k * (log_phi_s - log_phi) - log_phi - at) * dlam
     linear = end.alpha / start.alpha * torch.exp(k * (kind.log_phi(end.lam) - kind.log_phi(start.lam)))
@@ -83,29 +88,42 @@ def integrand(kind: Prediction, churn: float, start: Levels, end: Levels) -> Int
 
 def frozen(g: Integrand, place: Tensor) -> Integrand:
     """The kernel's mean for the kernel, over steps between the nodes ``place`` (N + 1,) of a clock."""
-    at = place[:-1, None] + place.diff()[:, None] * _FRACTIONS
-    return g._replace(kernel=g.kernel.sum(1, keepdim=True) * _WEIGHTS / 2, at=at)
+    points, weights = _QUADRATURE[g.kernel.shape[1]]
+    at = place[:-1, None] + place.diff()[:, None] * points
+    return g._replace(kernel=g.kernel.sum(1, keepdim=True) * weights, at=at)
 
 
 def interpolate(kernel: Tensor, at: Tensor, nodes: Tensor) -> Tensor:
     """The integrals of kernel times each Lagrange polynomial through ``nodes`` (N, k), all in one clock: (N, k)."""
-    k = nodes.shape[1]
-    factors = [
-        [(at - nodes[:, m, None]) / (nodes[:, j, None] - nodes[:, m, None]) for m in range(k) if m != j]
-        for j in range(k)
-    ]
-    return torch.stack([reduce(torch.mul, f, kernel).sum(1) for f in factors], dim=1)
+    away = [at - node for node in nodes[..., None].unbind(1)]
+    before = accumulate(away[:-1], torch.mul, initial=kernel)
+    after = [*accumulate(away[:0:-1], torch.mul)][::-1]
+    integrals = torch.stack([(b * a).sum(1) for b, a in zip_longest(before, after, fillvalue=_ONE)], dim=1)
+    apart = nodes[:, :, None] - nodes[:, None, :] + torch.eye(nodes.shape[1], dtype=torch.float64)
+    return integrals / apart.prod(2)
 
 
-def predict(x: Tensor, score: Tensor, scale: float, mix: float) -> Tensor:
-    """scale score + mix x, always in a new tensor: a network may write its next result where this score is."""
-    p = score * scale
-    return p.add_(x, alpha=mix) if mix else p
+def unit(scale: Tensor, mix: Tensor) -> Tensor:
+    """What is left out of a prediction where it is stored: p = unit (x + scale/mix score), or unit score without x.
+
+    So every prediction is one operation on tensors, and the rest is in the weights.
+    """
+    return torch.where(mix == 0, scale, mix)
 
 
-def weighted(x: Tensor, linear: float, terms: tuple[Tensor, ...], weights: list[float]) -> Tensor:
+def stored(x: Tensor, score: Tensor, reach: float | None) -> Tensor:
+    """A prediction but for its unit, in a new tensor: a network may write its next result where this score is."""
+    return score.clone() if reach is None else torch.add(x, score, alpha=reach)
+
+
+def scalars(values: Tensor, x: Tensor) -> Sequence[Tensor]:
+    """Numbers that multiply x, as 0-d CPU tensors: of its own dtype (at least float32) at half the cost of floats."""
+    return values.to(torch.promote_types(x.dtype, torch.float32)).unbind()
+
+
+def weighted(x: Tensor, linear: Tensor, terms: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
     """linear x + sum of weight times term, in a new tensor; in place where it is already ours."""
     total = x * linear
-    for term, weight in zip(terms, weights, strict=False):
+    for term, weight in zip(terms, weights):  # noqa: B905 - the start has fewer
         total.add_(term, alpha=weight)
     return total

@@ -6,14 +6,16 @@ A corrector is in it too: the prediction at t, which the step needs anyway, impr
 (Zhao et al. 2023, UniC), and the improvement is another sum over the same predictions. So is the start.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sdekit import _checks
-from sdekit.reverse import combine
 from sdekit.steppers.base import StepRule
 from sdekit.steppers.exponential import (
     CLOCKS,
@@ -23,45 +25,63 @@ from sdekit.steppers.exponential import (
     frozen,
     integrand,
     interpolate,
-    predict,
+    scalars,
+    stored,
+    unit,
     weighted,
 )
 from sdekit.system import Levels
 
 # Over more of half log-SNR the polynomial of collocation errs by more than it mends; no limit to the order.
 _SPAN = 3.0
-_MOST = 4  # the start of a higher order would cost evaluations; also the predictions behind the newest that a row uses
-
-
-class Row(NamedTuple):
-    """What one evaluation, at ``time``, does: to the next x, and (``correction``) to the x that it was made at."""
-
-    time: Tensor
-    scale: float
-    mix: float
-    linear: float
-    std: float
-    weights: list[float]
-    correction: list[float]
-
-
-# How a tensor becomes the numbers of rows: floats, or (for calibration) tensors that carry gradients.
-Numbers = Callable[[Tensor], Sequence[Any]]
+_MOST = 4  # the start of a higher order would cost evaluations
+_FAR = 1e30
 
 
 class Table(NamedTuple):
-    """A rule as a function of its levels: what it predicts, and its rows from (system, levels, numbers)."""
+    """What the evaluations do, one entry or row each: to the next x, the last of them to x_0; float64."""
 
-    prediction: Prediction
-    rows: Callable[..., list[Row]]
+    time: Tensor  # (n,)
+    scale: Tensor  # (n,)
+    mix: Tensor  # (n,)
+    linear: Tensor  # (n,)
+    std: Tensor  # (n,)
+    weights: Tensor  # (n, m), newest first
+    correction: Tensor | None  # (n, m): of x where the evaluation was made; it is in linear and weights already
+
+    def start(self, x: Tensor) -> "State":
+        """The state before the first step from x: the rows as numbers, for predictions stored without their unit."""
+        n, m = self.weights.shape
+        whole = unit(self.scale, self.mix)
+        units = whole[(torch.arange(n)[:, None] - torch.arange(m)).clamp_min(0)]
+        reach = (self.scale / whole).tolist() if bool(self.mix[0] != 0) else [None] * n
+        weights = [row if row[-1] else _trimmed(row) for row in (self.weights * units).tolist()]
+        rows = zip(self.time.unbind(), reach, scalars(self.linear, x), self.std.tolist(), weights, strict=True)
+
+        def corrections() -> Iterator[list[float]]:  # only where somebody asks
+            if self.correction is not None:
+                yield from map(_trimmed, (self.correction * units).tolist())
+
+        return State(rows, deque(maxlen=max(map(len, weights))), corrections())
 
 
-class State(NamedTuple):
-    """The table, the row to come, and the predictions so far, newest first."""
+@dataclass
+class State:
+    """What is to come and what is past. It changes as the run goes on: a prediction that no row needs any more is gone
+    before the next x is made, so that its memory serves for that.
+    """
 
-    rows: list[Row]
-    i: int
-    history: tuple[Tensor, ...]
+    rows: Iterator[tuple[Tensor, float | None, Tensor, float, list[float]]]  # time, reach, linear, std, weights
+    history: deque[Tensor]  # predictions, newest first
+    corrections: Iterator[list[float]]  # of x where each evaluation was made
+
+
+def _trimmed(row: list[float]) -> list[float]:
+    """Without the zeros at the end, which would each cost a pass over the state."""
+    used = len(row)
+    while used and row[used - 1] == 0:
+        used -= 1
+    return row[:used]
 
 
 def multistep(
@@ -96,15 +116,15 @@ def multistep(
         raise ValueError("clock 'step' takes all steps for equal, which has order 2 at most; it needs freeze=True")
     reached = (min(order, 2) if freeze else order) + corrector
 
-    def rows(system: Any, lv: Levels, numbers: Numbers = Tensor.tolist) -> list[Row]:
+    def table(system: Any, lv: Levels) -> Table:
         g = integrand(kind, system.churn, Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv)))
         place = to_clock(system, lv.lam) if to_clock else torch.arange(len(lv.lam), dtype=torch.float64)
         exact = g._replace(at=to_clock(system, g.at)) if to_clock else g
         ahead = frozen(g, place) if freeze else exact
-        return tabulate(lv, kind, exact, ahead, place, order, corrector, reached > 2, numbers)
+        return tabulate(lv, kind, exact, ahead, place, order, corrector, reached > 2)
 
-    def begin(system: Any, times: list[float]) -> State:
-        return State(rows(system, system.levels(torch.tensor(times, dtype=torch.float64))), 0, ())
+    def begin(system: Any, times: list[float], x: Tensor) -> State:
+        return table(system, system.levels(torch.tensor(times, dtype=torch.float64))).start(x)
 
     return StepRule(
         step,
@@ -113,104 +133,91 @@ def multistep(
         weak_order=min(order, 2),
         finish=finish,
         correction=correction if corrector else None,
-        table=None if clock == "t" else Table(kind, rows),  # the inverse of t's clock carries no gradient
+        table=None if clock == "t" else table,  # the inverse of t's clock carries no gradient
     )
 
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
-    rows, i, history = state
-    time, scale, mix, linear, std, weights, _ = rows[i]
-    history = (predict(x, system.score(x, time), scale, mix), *history)[: len(weights)]
-    x_s = x * linear
-    for p, weight in zip(history, weights, strict=True):
-        x_s.add_(p, alpha=weight)
+    time, reach, linear, std, weights = next(state.rows)
+    state.history.appendleft(stored(x, system.score(x, time), reach))
+    x_s = weighted(x, linear, state.history, weights)
     if std:
         x_s.add_(noise.normal(), alpha=std)
-    return x_s, State(rows, i + 1, history)
+    return x_s, state
 
 
 def finish(system: Any, x: Tensor, t: float, state: State) -> Tensor:
-    """E[x_0|x] = (x + sigma^2 score)/alpha with the corrected x, which the same evaluation gives."""
-    rows, i, history = state
-    n, row = system.at(t, x), rows[i]
-    score = system.score(x, row.time)
-    if row.correction:
-        x = weighted(x, 1.0, (predict(x, score, row.scale, row.mix), *history), row.correction)
-    return combine(1 / n.alpha, x, n.sigma**2 / n.alpha, score)
+    """E[x_0|x] of the corrected x, which the same evaluation gives: the last row."""
+    return step(system, x, t, 0.0, None, state)[0]
 
 
 def correction(state: State) -> Tensor | None:
-    """Corrected minus predicted x where the last evaluation was made."""
-    rows, i, history = state
-    weights = rows[i - 1].correction
-    return weighted(history[0], weights[0], history[1:], weights[1:]) if weights else None
+    """Corrected minus predicted x where the last evaluation was made; to be asked after every step."""
+    weights = next(state.corrections)
+    if not weights:
+        return None
+    newest, *older = state.history
+    return weighted(newest, torch.tensor(weights[0]), older, weights[1:])
 
 
 def tabulate(
     lv: Levels, kind: Prediction, g: Integrand, p: Integrand, place: Tensor, order: int, corrector: bool,
-    collocate: bool, numbers: Numbers,
-) -> list[Row]:  # fmt: skip
-    """A row per node: the first by :func:`_start`, then all alike. The last only corrects. ``p``: the predictor's."""
+    collocate: bool,
+) -> Table:  # fmt: skip
+    """A row per node. ``g``, ``p``: the corrector's and the predictor's integrand.
+
+    The last leads to x_0 = x/alpha + end (p - mix x), Tweedie's formula for the corrected x.
+    """
     n, width = len(g.linear), order + corrector
-    first = width + int(collocate and width == _MOST)
-    one = torch.ones(1, dtype=torch.float64)
-    columns = (kind.scale(lv.alpha, lv.sigma), kind.mix(lv.alpha, lv.sigma), torch.cat([g.linear, one]))
-    scale, mix, linear, std = map(numbers, (*columns, torch.cat([g.std, 0 * one])))
-    far = (lv.lam - lv.lam[0]).abs().tolist()
-    short = [collocate and 0 < span <= _SPAN for span in far[: min(first, n + 1)]]
-    ahead, changes = [], []
-    for weights, change in _start(g, p, place, order, corrector, short):
-        ahead.append(numbers(weights))
-        changes.append(numbers(change))
-    if n >= first:
-        node = torch.arange(first, n + 1)
-        seen = node[:, None] - torch.arange(width)
-        predictor = _weights(p, node - 1, place[seen[:, :order] - 1])  # of the step that leads to the node
-        weights = torch.zeros(len(node), width, dtype=torch.float64)
-        weights[:-1, :order] = predictor[1:]
-        if corrector:
-            change = _weights(g, node - 1, place[seen])
-            change[:, 1:] -= predictor
-            weights[:-1] += g.linear[node[:-1], None] * change[:-1]
-        ahead += [*numbers(weights[:-1]), []]
-        changes += numbers(change) if corrector else [[]] * len(node)
-    return list(map(Row, lv.time.unbind(), scale, mix, linear, std, ahead, changes))
+    m = min(width + int(collocate and width == _MOST), n + 1)  # predictions that a row may use; also nodes of the start
+    again = int(((lv.lam[1:m] - lv.lam[0]).abs() <= _SPAN).sum()) if collocate else 0
+    node, lag = torch.arange(n + 1)[:, None], torch.arange(m)
+    # Wanted are integrals over a step, of polynomials through the predictions at a node and before it, where ``use``.
+    use = (lag < order) & (lag <= node[:-1])
+    if collocate and order == _MOST:
+        use[_MOST : _MOST + 1, -2:] = torch.tensor([False, True])  # node 0 for node 1, as in the start
+    wanted = [(node[:-1], node[:-1], use)]
+    if corrector:
+        wanted.append((n + node[:-1], node[1:], (lag < width) & (lag <= node[1:])))
+    if again:
+        wanted.append(_start(n, again, lag))
+    step, newest, use = map(torch.cat, zip(*wanted, strict=True))
+    kernel, at = torch.cat([p.kernel, g.kernel])[step[:, 0]], torch.cat([p.at, g.at])[step[:, 0]]
+    # A node that is not used is put at infinity, where it leaves the polynomial alone.
+    nodes = torch.where(use, place[(newest - lag).clamp_min(0)], _FAR * (1 + lag))
+    ahead, *more = (use * interpolate(kernel, at, nodes)).split([len(rows) for rows, _, _ in wanted])
+
+    change = torch.zeros(n + 1, m, dtype=torch.float64)
+    if corrector:
+        change = torch.cat([change[:1], more[0] - _later(ahead)])
+    if again:
+        since, past = newest[-len(more[-1]) :], step[-len(more[-1]) :] - n
+        carry = g.linear[:again].cumprod(0)
+        carried = carry[since - 1] / carry[past] * more[-1]  # by the linear parts of the steps between
+        made = torch.zeros(again + 1, m, dtype=torch.float64).index_add(0, since[:, 0], carried)
+        replaced = _later(g.linear[:again, None] * made[:-1] + ahead[:again])
+        change = torch.cat([change[:1], made[1:] - replaced, change[again + 1 :]])
+
+    scale, mix = kind.scale(lv.alpha, lv.sigma), kind.mix(lv.alpha, lv.sigma)
+    end = lv.sigma[-1:] ** 2 / scale[-1:] / lv.alpha[-1:]
+    linear = torch.cat([g.linear, 1 / lv.alpha[-1:]])
+    weights = torch.cat([ahead, pad(end[None], (0, m - 1))]) + linear[:, None] * change
+    linear = torch.cat([g.linear, 1 / lv.alpha[-1:] - end * mix[-1:]])
+    return Table(lv.time, scale, mix, linear, pad(g.std, (0, 1)), weights, change if corrector else None)
 
 
-def _weights(g: Integrand, steps: Any, nodes: Tensor) -> Tensor:
-    return interpolate(g.kernel[steps], g.at[steps], nodes)
+def _later(weights: Tensor) -> Tensor:
+    """The same weights as the next node counts them, from its own prediction on."""
+    return pad(weights, (1, -1))
 
 
-def _start(
-    g: Integrand, p: Integrand, place: Tensor, order: int, corrector: bool, collocate: list[bool]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For nodes 0, 1, ...: the weights of the next step and of the correction, of predictions at i, i - 1, ..., 0.
+def _start(n: int, nodes: int, lag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What makes x at node 1, ..., ``nodes`` again from x_T: each of the (corrector's) steps before, the node, its use.
 
     The first steps have too few predictions behind them for their order. But when there are enough, x_i can be made
     again from x_T, through the polynomial of all predictions at nodes 0 ... i, whose own errors come in times a
     step. The one at node 1 was made after a step of order one: too large an error for order 4, which leaves it out.
     """
-    none = torch.zeros(0, dtype=torch.float64)
-    made, step = none, none  # what x_i, and the step that led to it, are made of, besides x_T
-    for i, again in enumerate(collocate):
-        made, step = (torch.cat([torch.zeros(1, dtype=torch.float64), w]) for w in (made, step))
-        change = weights = none
-        if again:
-            use = [j for j in range(i, -1, -1) if not (i > 2 and j == 1)]
-            parts = _weights(g, slice(0, i), place[use].expand(i, -1))
-            carried = torch.stack([g.linear[m + 1 : i].prod() for m in range(i)]) @ parts
-            change = torch.zeros_like(made).index_add(0, torch.tensor([i - j for j in use]), carried) - made
-        elif corrector and i:
-            back = place[max(0, i - order) : i + 1].flip(0)
-            change = torch.cat([_weights(g, slice(i - 1, i), back[None])[0], torch.zeros(i + 1 - len(back))]) - step
-        if len(change):
-            made = made + change
-        if i < len(g.linear):
-            use = [0 if i > 3 and j == 1 else j for j in range(i, max(-1, i - order), -1)]
-            step = torch.zeros_like(made).index_add(
-                0, torch.tensor([i - j for j in use]), _weights(p, slice(i, i + 1), place[use][None])[0]
-            )
-            made = g.linear[i] * made + step
-            weights = step + g.linear[i] * change if len(change) else step
-        yield weights, change
+    step, node = torch.tensor([(n + step, i) for i in range(1, nodes + 1) for step in range(i)]).T[..., None]
+    return step, node, (lag <= node) & ~((node > 2) & (node - lag == 1))

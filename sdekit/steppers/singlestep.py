@@ -1,8 +1,8 @@
 """Exponential single-step methods: stages inside a step, exact but for the polynomial through earlier predictions."""
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.steppers.base import StepRule, as_rule
-from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, predict, weighted
+from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, scalars, stored, unit, weighted
 from sdekit.system import Levels
 
 
@@ -18,19 +18,13 @@ class Stage(NamedTuple):
     """One evaluation, at ``time``, and the x that follows: linear times the step's first x, predictions, noise."""
 
     time: Tensor
-    scale: float
-    mix: float
-    linear: float
-    weights: list[float]  # of the step's predictions so far
+    reach: float | None
+    linear: Tensor
+    weights: list[float]  # of the predictions that it uses
     carry: float  # of the noise in the x before, by the linear part from there
     std: float
-
-
-class State(NamedTuple):
-    """The stages of every step, and the number of the step to come."""
-
-    steps: list[list[Stage]]
-    i: int
+    uses: Sequence[int]
+    done: Sequence[int]  # predictions that no later stage uses
 
 
 # (c, uses): x at the fraction c of the step in half log-SNR, by the predictions of that number. Number 0 is made at the
@@ -53,48 +47,55 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
             f"stages must be pairs (c, uses) with 0 < c <= 1, the last c = 1, uses below j + 1; got {stages}"
         )
 
-    def begin(system: Any, times: list[float]) -> State:
+    def begin(system: Any, times: list[float], x: Tensor) -> Iterator[Sequence[Stage]]:
         lv = system.levels(torch.tensor(times, dtype=torch.float64))
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
-        return State(tabulate(system, stages, prediction, clock, start, end), 0)
+        return tabulate(system, stages, prediction, clock, start, end, x)
 
     return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
 
 
-def tabulate(system: Any, stages: Stages, prediction: str, clock: str, start: Levels, end: Levels) -> list[list[Stage]]:
-    """The stages of the steps from ``start`` (N,) to ``end`` (N,)."""
+def tabulate(
+    system: Any, stages: Stages, prediction: str, clock: str, start: Levels, end: Levels, x: Tensor
+) -> Iterator[Sequence[Stage]]:
+    """The stages of the steps from ``start`` (N,) to ``end`` (N,), for a state like x."""
     kind, to_clock = PREDICTIONS[prediction], CLOCKS[clock]
     at = [start]  # the levels at the step's start and at each stage
     for c, _ in stages:
-        inner = system.sde.inverse_half_log_snr(torch.lerp(start.lam, end.lam, c)) if c < 1 else end.time
-        at.append(system.levels(inner))
+        at.append(end if c == 1 else system.levels(system.sde.inverse_half_log_snr(torch.lerp(start.lam, end.lam, c))))
     place = torch.stack([to_clock(system, lv.lam) for lv in at[:-1]], dim=1)
+    scale, mix = (torch.stack([of(lv.alpha, lv.sigma) for lv in at[:-1]], dim=1) for of in (kind.scale, kind.mix))
+    whole = unit(scale, mix)
+    reach = (scale / whole).T.tolist() if bool((mix != 0).any()) else [[None] * len(place)] * len(stages)
     columns = []
     for j, (_, uses) in enumerate(stages):
-        whole, last = integrand(kind, system.churn, start, at[j + 1]), integrand(kind, system.churn, at[j], at[j + 1])
-        weights = torch.zeros(len(start.lam), j + 1, dtype=torch.float64)
-        weights[:, uses] = interpolate(whole.kernel, to_clock(system, whole.at), place[:, uses])
-        scale, mix = kind.scale(at[j].alpha, at[j].sigma), kind.mix(at[j].alpha, at[j].sigma)
-        numbers = (y.tolist() for y in (scale, mix, whole.linear, weights, last.linear, last.std))
-        columns.append(map(Stage, at[j].time.unbind(), *numbers))
-    return [list(step) for step in zip(*columns, strict=True)]
+        used = list(uses)
+        step = integrand(kind, system.churn, start, at[j + 1])
+        last = integrand(kind, system.churn, at[j], at[j + 1]) if system.churn and j else step
+        weights = interpolate(step.kernel, to_clock(system, step.at), place[:, used]) * whole[:, used]
+        done = [i for i in range(j + 1) if not any(i in later for _, later in stages[j + 1 :])]
+        numbers = (y.tolist() for y in (weights, last.linear, last.std))
+        linear = scalars(step.linear, x)
+        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used), repeat(done)))
+    return zip(*columns, strict=True)
 
 
-def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
-    """All stages of one step."""
-    steps, i = state
-    return _stages(system, x, noise, steps[i]), State(steps, i + 1)
+def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """All stages of one step; the state is an iterator over the steps to come."""
+    return _stages(system, x, noise, next(state)), state
 
 
-def _stages(system: Any, x: Tensor, noise: Any, stages: list[Stage]) -> Tensor:
-    predictions: tuple[Tensor, ...] = ()
+def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage]) -> Tensor:
+    predictions: dict[int, Tensor] = {}
     y, drawn = x, None
-    for stage in stages:
-        predictions += (predict(y, system.score(y, stage.time), stage.scale, stage.mix),)
-        y = weighted(x, stage.linear, predictions, stage.weights)
-        if stage.std:
-            fresh = stage.std * noise.normal()
-            drawn = fresh if drawn is None else fresh.add_(drawn, alpha=stage.carry)
+    for j, (time, reach, linear, weights, carry, std, uses, done) in enumerate(stages):
+        predictions[j] = stored(y, system.score(y, time), reach)
+        y = weighted(x, linear, [predictions[i] for i in uses], weights)
+        for i in done:  # memory for the next
+            predictions.pop(i, None)
+        if std:
+            fresh = std * noise.normal()
+            drawn = fresh if drawn is None else fresh.add_(drawn, alpha=carry)
         if drawn is not None:
             y.add_(drawn)
     return y
@@ -121,7 +122,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
     if low >= high:
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
-    def begin(system: Any, times: list[float]) -> tuple[list[tuple[float, float]], State]:
+    def begin(system: Any, times: list[float], x: Tensor) -> Iterator[tuple[float, float, Sequence[Stage]]]:
         if churn and times[-1] > times[0]:
             raise ValueError(
                 f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
@@ -137,15 +138,14 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
             raised = system.levels(torch.where(lam < start.lam, system.sde.inverse_half_log_snr(lam), start.time))
         scale = raised.alpha / start.alpha
         std = inflate * raised.alpha * (torch.exp(-2 * raised.lam) - torch.exp(-2 * start.lam)).clamp_min(0).sqrt()
-        rows = tabulate(system, _HEUN, "eps", "karras", raised, end)
-        return list(zip(scale.tolist(), std.tolist(), strict=True)), State(rows, 0)
+        steps = tabulate(system, _HEUN, "eps", "karras", raised, end, x)
+        return zip(scale.tolist(), std.tolist(), steps, strict=True)
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        rise, (steps, i) = state
-        scale, std = rise[i]
+        scale, std, stages = next(state)
         if std:
             x = torch.add(scale * x, noise.normal(), alpha=std)
-        return _stages(system, x, noise, steps[i]), (rise, State(steps, i + 1))
+        return _stages(system, x, noise, stages), state
 
     return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0)
 
@@ -166,7 +166,7 @@ def restart(
     if low >= high:
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
-    def begin(system: Any, times: list[float]) -> Any:
+    def begin(system: Any, times: list[float], x: Tensor) -> Any:
         lv = system.levels(torch.tensor(times, dtype=torch.float64))
         r = lv.sigma / lv.alpha
         if not r[-1] <= low * _SLACK < r[0]:
@@ -182,16 +182,16 @@ def restart(
         down = [*inner.time.tolist()[:-1], times[i]]
         scale = float(inner.alpha[0] / lv.alpha[i])
         std = float(inner.alpha[0]) * math.sqrt(float(levels[0] ** 2 - r[i] ** 2))
-        main = rule.begin(system, times[: i + 1])
-        rest = rule.begin(system, times[i:]) if i + 1 < len(times) else None
-        return times[i], scale, std, down, rule.begin(system, down), rest, main
+        main = rule.begin(system, times[: i + 1], x)
+        rest = rule.begin(system, times[i:], x) if i + 1 < len(times) else None
+        return times[i], scale, std, down, [rule.begin(system, down, x) for _ in range(repeats)], rest, main
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         turn, scale, std, down, again, rest, main = state
         x, main = rule(system, x, t, s, noise, main)
         if s == turn:
-            for _ in range(repeats):
-                x, inner = torch.add(scale * x, noise.normal(), alpha=std), again
+            for inner in again:
+                x = torch.add(scale * x, noise.normal(), alpha=std)
                 for u, v in pairwise(down):
                     x, inner = rule(system, x, u, v, noise, inner)
             main = rest
