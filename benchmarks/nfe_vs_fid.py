@@ -31,6 +31,7 @@ from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibrati
 from sdekit.metrics import frechet_distance
 
 CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
+_GUESS = 100  # evaluations of an adaptive method, for the progress bar
 SHOWN = (5, 6, 10)  # rows of samples in the figure
 QUICK = {  # budgets -> samplers
     (5, 6, 10, 20): ("dpmpp_2m", "ipndm", "flow_3m", "ddim", "heun"),
@@ -49,6 +50,9 @@ FULL = {
 }
 
 
+ADAPTIVE = {"rk45": 1e-3, "adams": 1e-2}  # method -> tolerance; they choose their evaluations themselves
+
+
 class Counted:
     """A score that counts its evaluations."""
 
@@ -64,7 +68,8 @@ class Counted:
 def plan(options: argparse.Namespace) -> list[tuple[str, int]]:
     """(sampler, budget) pairs; 0 stands for an adaptive method, which decides itself."""
     chosen = FULL if options.full else QUICK
-    runs = [(name, nfe) for budgets, names in chosen.items() for name in names for nfe in budgets] + [("rk45", 0)]
+    runs = [(name, nfe) for budgets, names in chosen.items() for name in names for nfe in budgets]
+    runs += [(name, 0) for name in ADAPTIVE]
     return [(name, nfe) for name, nfe in runs if not options.only or name in options.only]
 
 
@@ -103,8 +108,9 @@ def draw_samples(
         score = static_threshold(problem.sde, score, (-1.0, 1.0))
     if name == "calibrated":
         images = sample(problem.sde, score, x_T.shape, fits[nfe], x_T=x_T)
-    elif name == "rk45":
-        images = ode_sample(problem.sde, score, x_T.shape, x_T=x_T, seed=seed, rtol=1e-3, atol=1e-3)
+    elif name in ADAPTIVE:
+        tolerance = ADAPTIVE[name]
+        images = ode_sample(problem.sde, score, x_T.shape, method=name, x_T=x_T, rtol=tolerance, atol=tolerance)
     else:
         images = sample(problem.sde, score, x_T.shape, name, nfe=nfe, x_T=x_T, seed=seed)
     return images.clamp(-1, 1), counted.calls
@@ -116,7 +122,7 @@ def measure(
     """One row per sampler, budget and seed (and the floor's), after those that are there already."""
     rows, have = list(rows), {(row["sampler"], row["budget"], row["seed"]) for row in rows}
     runs = plan(options)
-    work = tqdm(total=options.seeds * sum(nfe or 130 for _, nfe in runs), unit="evaluation", smoothing=0)
+    work = tqdm(total=options.seeds * sum(nfe or _GUESS for _, nfe in runs), unit="evaluation", smoothing=0)
     for seed in range(options.seeds):
         reference, others = halves(problem, seed)
         x_T = problem.sde.prior_sample((options.samples, *problem.images.shape[1:]), seed=seed)
@@ -125,7 +131,7 @@ def measure(
             rows.append({"sampler": "real", "budget": 0, "nfe": 0, "seed": seed, "distance": distance})
         for name, nfe in runs:
             work.set_description(f"seed {seed}, {name} {nfe or ''}")
-            work.update(nfe or 130)
+            work.update(nfe or _GUESS)
             if (name, nfe, seed) in have:
                 continue
             try:

@@ -38,6 +38,7 @@ STYLES = {
     "ancestral": ("#8C6BB1", "P", "--"),
     "pc": ("#555555", "X", "--"),
     "rk45": ("#000000", "*", "-"),
+    "adams": ("#882255", "*", "-"),
 }
 OTHERS = ("#bbbbbb", ".", "-")  # all rows that have no style of their own: thin, behind, and one label for all
 

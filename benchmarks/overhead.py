@@ -1,15 +1,14 @@
-"""What does a sampler's step cost beside its network?
+"""What does an evaluation of a sampler cost beside its network?
 
-    python benchmarks/overhead.py            # a table of ratios; about a minute on one thread
+    python benchmarks/overhead.py            # a table of ratios; a minute or two on one thread
 
 Protocol: the network is free (it returns a tensor it was given), one thread, float32, 300 steps (60 of the large
-shape), the whole call counted (tables of coefficients, checks). The bare loop is  y = a y + b d,  for stochastic
-samplers plus  c randn,  once for every evaluation that the sampler makes, so that the ratio is the cost of an
-evaluation whatever the rule. Bare loop and sampler take turns; the ratio of a turn is that of its two neighbours, and
-the median over turns is printed, since absolute times depend on the machine and its other guests.
+shape), the whole call counted (tables of coefficients, checks). The bare loop is  y = a y + b d  once for every
+evaluation that the sampler makes, and  y + c randn  as often as the sampler draws noise, so that the ratio is the cost
+of an evaluation whatever the rule. Bare loop and sampler take turns; the ratio of a turn is that of its two neighbours,
+and the median over turns is printed, since absolute times depend on the machine and its other guests.
 A rule with a history has more to add up than the bare loop: the last rows are loops that do a multistep rule's sums and
-nothing else (a prediction from y and d, then a y + the sum of the last two, three or four), the least that such a rule
-costs in whole-tensor operations.
+nothing else (a prediction from y and d, then a y + the sum of the last two, three or four).
 """
 
 import argparse
@@ -20,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +30,15 @@ from sdekit.grids import make_grid
 SHAPES = ((1, 64), (64, 3, 32, 32))
 
 
-def bare(d: Tensor, evaluations: int, noisy: bool) -> Callable[[], object]:
+def bare(d: Tensor, evaluations: int, draws: int) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
+    drawn = [(k + 1) * draws // evaluations - k * draws // evaluations for k in range(evaluations)]
 
     def loop() -> Tensor:
         y = d
         for k in range(evaluations):
             y = 0.9 * y + (0.1 + k / evaluations) * d
-            if noisy:
+            for _ in range(drawn[k]):
                 y = y + 0.1 * torch.randn(d.shape, generator=generator)
         return y
 
@@ -69,26 +70,47 @@ def ours(name: str, d: Tensor, steps: int) -> Callable[[], object]:
     return loop
 
 
-def rows() -> list[tuple[str, Callable[[int], int], bool, Callable[[Tensor, int], Callable[[], object]]]]:
-    """(name, evaluations of so many steps, whether it draws noise, its loop)"""
-    found = [
-        (name, lambda n, rule=row.rule: n * rule.evaluations + rule.extra, row.stochastic, partial(ours, name))
-        for name, row in SAMPLERS.items()
-    ]
-    return found + [(f"(sums of {k} predictions)", lambda n: n, False, partial(sums, k)) for k in (2, 3, 4)]
+def counts(name: str, steps: int) -> tuple[int, int]:
+    """The evaluations and the draws of one of our samplers in so many steps."""
+
+    class Counted(Noise):
+        draws = 0
+
+        def normal(self) -> Tensor:
+            self.draws += 1
+            return super().normal()
+
+    sde, row, d = VPSDE(), SAMPLERS[name], torch.zeros(1)
+    noise = Counted(d, 0)
+    system = sde.reverse(lambda x, t: d, row.churn)
+    return solve(system, d, make_grid(sde, "uniform", steps), row.rule, noise=noise).nfe, noise.draws
 
 
-def measure(
-    name: str, evaluations: Callable[[int], int], noisy: bool, make: Callable, turns: int, shorter: int = 1
-) -> dict:
-    """The row of one sampler: at each shape the ratio per evaluation, and its microseconds."""
-    row: dict[str, object] = {"sampler": name, "evaluations a step": evaluations(2) - evaluations(1), "noise": noisy}
+class Loop(NamedTuple):
+    """A row of the table: ``counts(steps)`` are its evaluations and draws, ``make(d, steps)`` the loop itself."""
+
+    name: str
+    counts: Callable[[int], tuple[int, int]]
+    make: Callable[[Tensor, int], Callable[[], object]]
+
+
+def rows() -> list[Loop]:
+    found = [Loop(name, partial(counts, name), partial(ours, name)) for name in SAMPLERS]
+    return found + [Loop(f"(sums of {k} predictions)", lambda n: (n, 0), partial(sums, k)) for k in (2, 3, 4)]
+
+
+def measure(row: Loop, turns: int, shorter: int = 1) -> dict[str, object]:
+    """Of one row, at each shape: the ratio per evaluation, and its microseconds."""
+    (one, _), (two, _) = row.counts(20), row.counts(21)
+    found: dict[str, object] = {"sampler": row.name, "evaluations a step": two - one}
     for shape in SHAPES:
         steps = (300 if shape[0] == 1 else 60) // shorter
+        evaluations, draws = row.counts(steps)
+        found.setdefault("draws an evaluation", round(draws / evaluations, 2))
         d = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        times, took = ratio(bare(d, evaluations(steps), noisy), make(d, steps), turns)
-        row[f"ratio {shape}"], row[f"microseconds {shape}"] = round(times, 2), round(1e6 * took / evaluations(steps), 1)
-    return row
+        times, took = ratio(bare(d, evaluations, draws), row.make(d, steps), turns)
+        found[f"ratio {shape}"], found[f"microseconds {shape}"] = round(times, 2), round(1e6 * took / evaluations, 1)
+    return found
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -112,13 +134,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, {options.turns} turns, median ratio to the bare loop per evaluation")
-    print(f"{'':24}{'evaluations a step':>20}" + "".join(f"{shape!s:>26}" for shape in SHAPES))
+    print(f"{'':24}{'evaluations a step':>20}{'draws each':>12}" + "".join(f"{shape!s:>26}" for shape in SHAPES))
     measured = []
-    for name, evaluations, noisy, make in rows():
-        row = measure(name, evaluations, noisy, make, options.turns)
-        measured.append(row)
-        cells = "".join(f"{row[f'ratio {s}']:>15.2f} x {row[f'microseconds {s}']:>6.0f} us" for s in SHAPES)
-        print(f"{name:24}{row['evaluations a step']:>20}{cells}" + ("   (bare loop with randn)" if noisy else ""))
+    for row in rows():
+        found = measure(row, options.turns)
+        measured.append(found)
+        cells = "".join(f"{found[f'ratio {s}']:>15.2f} x {found[f'microseconds {s}']:>6.0f} us" for s in SHAPES)
+        print(f"{row.name:24}{found['evaluations a step']:>20}{found['draws an evaluation']:>12}{cells}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "overhead.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, measured[0])

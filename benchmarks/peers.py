@@ -247,12 +247,13 @@ def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
 
 @torch.no_grad()
 def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
-    """The cost of a step beside the network, as ratios to overhead.py's bare loop."""
-    rows = [(f"sdekit {name}" if name in SAMPLERS else name, *rest) for name, *rest in overhead.rows()]
+    """The cost of an evaluation beside the network, as ratios to overhead.py's bare loop."""
+    rows = [row._replace(name=f"sdekit {row.name}") if row.name in SAMPLERS else row for row in overhead.rows()]
     for name in PEER_LOOPS:
         if peer_samplers.available(name.split()[0]):
-            rows.append((name, lambda n: n, name.startswith("torchsde"), partial(peer_loop, name)))
-    return [overhead.measure(*row, turns, shorter=10 if quick else 1) for row in rows]
+            noisy = name.startswith("torchsde")
+            rows.append(overhead.Loop(name, lambda n, noisy=noisy: (n, n * noisy), partial(peer_loop, name)))
+    return [overhead.measure(row, turns, shorter=10 if quick else 1) for row in rows]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

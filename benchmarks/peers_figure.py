@@ -126,12 +126,13 @@ def same_name_table(
 def overhead_table(rows: list[dict[str, Any]]) -> str:
     shapes = [key for key in rows[0] if key.startswith("ratio")]
     names = " | ".join(shape.removeprefix("ratio ") for shape in shapes)
-    lines = [f"| cost of an evaluation beside the network, ratio to the bare loop | evaluations a step | {names} |"]
-    lines.append("|---" * (len(shapes) + 2) + "|")
+    lines = [
+        f"| an evaluation beside its network, ratio to the bare loop | evaluations a step | draws each | {names} |"
+    ]
+    lines.append("|---" * (len(shapes) + 3) + "|")
     for row in rows:
-        noise = " (bare loop with randn)" if row["noise"] else ""
         ratios = " | ".join(f"{row[shape]:.2f}" for shape in shapes)
-        lines.append(f"| {row['sampler']}{noise} | {row['evaluations a step']} | {ratios} |")
+        lines.append(f"| {row['sampler']} | {row['evaluations a step']} | {row['draws an evaluation']} | {ratios} |")
     return "\n".join(lines)
 
 

@@ -1,74 +1,69 @@
-"""The adaptive loop: error, acceptance, step size and finish are each sample's own."""
+"""The adaptive loop: error, acceptance, step size and finish are each sample's own. It knows no method."""
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar, rms
-from sdekit.system import expand
-
-# y' = rhs(y, t, run) for the samples of the batch that are still running: y (b, *event), t (b,), their indices run (b,)
-Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
+from sdekit.solution import SUCCESS, Callback, Solution, Trajectory, bar
 
 MAX_NFE = 100_000  # where a solver that gets nowhere gives up
 
-
-@dataclass(frozen=True)
-class Tableau:
-    """An embedded Runge-Kutta pair whose last stage is the next step's first; error = sum_i e_i k_i."""
-
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    e: tuple[float, ...]
-    order: int
+State = Sequence[Tensor]  # what a method remembers, every tensor with an axis of samples in front
 
 
-# Dormand & Prince 1980; the pair of MATLAB's ode45 and SciPy's RK45. The last row of a is the order-5 step.
-DORMAND_PRINCE = Tableau(
-    c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    a=(
-        (),
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    e=(71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
-    order=5,
-)
+class Method(Protocol):
+    """An adaptive method, in a variable u of its own: t, or anything monotone in t.
+
+    ``safety`` and ``limits``: of the factor from one step to the next.
+    """
+
+    safety: float
+    limits: tuple[float, float]
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, of one attempt."""
+
+    def clock(self, t: Tensor) -> Tensor:
+        """u at the times t, float64."""
+
+    def time(self, u: Tensor) -> Tensor:
+        """t at u."""
+
+    def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:
+        """The first state, a first step size for each sample, and the evaluations that they took."""
+
+    def attempt(
+        self, y: Tensor, u: Tensor, u_new: Tensor, state: State, run: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float, State]:
+        """y at u_new, its error in units of the tolerance (b,), the power of the step that it goes with, the state."""
 
 
 def adaptive(
-    rhs: Rhs,
+    method: Method,
     y: Tensor,
     times: Tensor,
     *,
-    rtol: float,
-    atol: float,
-    norm: Callable[[Tensor], Tensor] = rms,
     max_nfe: int = MAX_NFE,
     keep: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
-    pair: Tableau = DORMAND_PRINCE,
 ) -> Solution:
     """y at times[-1] from y at times[0], monotone ``times`` in either direction, each of which is hit exactly.
 
-    A step of sample i is accepted where norm(error_i / (atol + rtol max(|y_i|, |y_i new|))) <= 1, and its next
-    one follows from its own error (Hairer, Norsett & Wanner 1993, II.4). Samples that are done leave the
-    batch that ``rhs`` sees; no evaluation lies outside the interval. ``keep`` makes the trajectory at ``times``.
+    A step of sample i is accepted where its error is at most 1; its next one follows from this error and the one
+    before (the PI control of Hairer & Wanner 1996, IV.2, beta a fifth of the power). Samples that are done leave the
+    batch that the network sees; no evaluation lies outside the interval. ``keep`` makes the trajectory at ``times``.
     A sample that cannot go on keeps its last accepted state and says why in ``status``; from there on its trajectory
     is NaN.
     """
     batch, n = y.shape[0], len(times)
-    clock = times.to(y.device) if y.device.type != "mps" else times.to(y.device, torch.float32)
-    direction = 1.0 if times[-1] > times[0] else -1.0
+    clock = method.clock(times).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
+    direction = 1.0 if clock[-1] > clock[0] else -1.0
     # Everything below with a `run` index set is for the samples still running.
     result, reached = y.clone(), clock[0].expand(batch).clone()
     counts = torch.zeros(3, batch, dtype=torch.int64)  # evaluations, accepted, rejected
@@ -77,61 +72,54 @@ def adaptive(
     if path is not None:
         path[0] = y
     run = torch.arange(batch, device=y.device)
-    t, aim, nfe = reached.clone(), torch.ones(batch, dtype=torch.int64, device=y.device), 2
-    k_first = rhs(y, t, run)
-    h = _first_step(rhs, y, t, run, k_first, clock, direction, rtol, atol, norm, pair.order)
-    counts[0] += 2
+    u, aim = reached.clone(), torch.ones(batch, dtype=torch.int64, device=y.device)
+    state, h, nfe = method.start(y, u, clock[[0, -1]], run)
+    before = torch.ones_like(h)  # the error of the last accepted step
+    counts[0] += nfe
     for step in bar(itertools.count(1), progress):
-        t_aim = clock[aim]
-        left = (t_aim - t).abs()
+        u_aim = clock[aim]
+        left = (u_aim - u).abs()
         last = h >= left * (1 - 1e-10)  # no sliver is left over for another step
         used = torch.where(last, left, h)
-        t_new = torch.where(last, t_aim, t + direction * used)
-        stages = [k_first]
-        signed = expand(direction * used, y)
-        y_new = y
-        for c, row in zip(pair.c[1:], pair.a[1:], strict=True):
-            y_new = y + signed * sum(a * k for a, k in zip(row, stages, strict=True) if a)
-            stages.append(rhs(y_new, t_new if c == 1.0 else t + direction * c * used, run))
-        nfe += len(pair.c) - 1
-        error = signed * sum(e * k for e, k in zip(pair.e, stages, strict=True) if e)
-        size = norm(error / (atol + rtol * torch.maximum(y.abs(), y_new.abs())))
-        size = torch.where(torch.isfinite(size), size, math.inf)
+        u_new = torch.where(last, u_aim, u + direction * used)
+        y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
+        nfe += method.evaluations
+        size = torch.where(torch.isfinite(size), size, math.inf).to(h)
         accept = size <= 1
-        factor = (0.9 * size.clamp_min(1e-10) ** (-1 / pair.order)).to(h).clamp(0.2, 10.0)
+        bounded = size.clamp_min(1e-10)
+        factor = (method.safety * bounded ** (-0.85 / power) * before ** (0.2 / power)).clamp(*method.limits)
         h_new = torch.where(accept, used * factor, used * factor.clamp_max(1.0))
         h = torch.where(accept & last, torch.maximum(h_new, h), h_new)  # a step cut short says nothing against h
-        t = torch.where(accept, t_new, t)
-        pick = expand(accept.to(y.dtype), y) > 0
-        y, k_first = torch.where(pick, y_new, y), torch.where(pick, stages[-1], k_first)
+        before = torch.where(accept, bounded, before)
+        u = torch.where(accept, u_new, u)
+        y, *state = (_pick(accept, a, b) for a, b in zip((y_new, *state_new), (y, *state), strict=True))
         ids = run.cpu()
-        counts[0, ids] += len(pair.c) - 1
+        counts[0, ids] += method.evaluations
         counts[1, ids] += accept.cpu()
         counts[2, ids] += (~accept).cpu()
         landed = accept & last
         if path is not None:
             path[aim[landed], run[landed]] = y[landed]
         aim = aim + landed
-        result[run], reached[run] = y, t
+        result[run], reached[run] = y, u
         done = aim == n
-        stuck = ~done & (h <= 4 * torch.finfo(h.dtype).eps * t.abs().clamp_min(1e-30))
+        stuck = ~done & (h <= 4 * torch.finfo(h.dtype).eps * u.abs().clamp_min(1e-30))
         for i in run[stuck].tolist():
             status[i] = "step_underflow"
         if callback is not None:
-            callback(step, reached.clone(), result.clone())
+            callback(step, method.time(reached), result.clone())
         going = ~(done | stuck)
         if not going.all():
-            run, t, h, aim = run[going], t[going], h[going], aim[going]
-            y, k_first = y[going], k_first[going]
+            run, u, h, aim, before, y, *state = (a[going] for a in (run, u, h, aim, before, y, *state))
         if run.numel() == 0:
             break
-        if nfe + len(pair.c) - 1 > max_nfe:
+        if nfe + method.evaluations > max_nfe:
             for i in run.tolist():
                 status[i] = "max_nfe"
             break
     return Solution(
         x=result,
-        t=reached.cpu(),
+        t=method.time(reached).cpu(),
         nfe=nfe,
         nfe_per_sample=counts[0],
         accepted=counts[1],
@@ -141,30 +129,5 @@ def adaptive(
     )
 
 
-def _first_step(
-    rhs: Rhs,
-    y: Tensor,
-    t: Tensor,
-    run: Tensor,
-    k: Tensor,
-    clock: Tensor,
-    direction: float,
-    rtol: float,
-    atol: float,
-    norm: Callable[[Tensor], Tensor],
-    order: int,
-) -> Tensor:
-    """A first step size per sample from one more evaluation, kept inside the interval (Hairer et al., II.4)."""
-    scale = atol + rtol * y.abs()
-    d0, d1 = norm(y / scale), norm(k / scale)
-    span = (clock[-1] - clock[0]).abs()
-    small = (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = torch.where(small, 1e-6 * span, (0.01 * d0 / d1).to(t)).clamp_max(span)
-    t_probe = (t + direction * h0).clamp(clock.min(), clock.max())  # t + span may lie a rounding beyond the end
-    k_probe = rhs(y + expand(direction * h0, y) * k, t_probe, run)
-    d2 = norm((k_probe - k) / scale).to(t) / h0
-    steepest = torch.maximum(d1.to(t), d2)
-    flat = torch.maximum(1e-6 * span, h0 * 1e-3)
-    h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / order))
-    h = torch.minimum(100 * h0, h1).clamp_max(span)
-    return torch.where(torch.isfinite(h), h, 1e-6 * span)  # what is not finite is rejected until the step underflows
+def _pick(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(accept.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

@@ -10,6 +10,7 @@ from sdekit import _checks
 from sdekit.adaptive import adaptive
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
+from sdekit.rungekutta import RungeKutta
 from sdekit.sde import SDE
 from sdekit.solution import SolverError, rms
 from sdekit.system import Score
@@ -85,7 +86,7 @@ def log_likelihood(
     y = torch.cat([x.reshape(b, d), x.new_zeros(b, n)], 1)
     ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
     with torch.no_grad():
-        solution = adaptive(rhs, y, ends, rtol=rtol, atol=atol, norm=norm)
+        solution = adaptive(RungeKutta(rhs, rtol, atol, norm=norm), y, ends)
     system.settle()
     if not solution.success:
         raise SolverError(solution)

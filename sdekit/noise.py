@@ -35,7 +35,7 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        self._like, self._ids = like[:0], ids
+        self._like, self._ids = like.new_empty(0, *like.shape[1:]), ids  # no view: it would keep like alive
         self._key = int(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(1, np.uint64)[0])
         # Small events are drawn many at a time: one call per sample and block, not per sample and step.
         self._block = max(1, _BLOCK // like[0].numel())
@@ -47,7 +47,8 @@ class Noise:
 
     @cached_property
     def _drawn(self) -> Tensor:
-        return self._like.new_empty(len(self._ids), self._block, *self._like.shape[1:])
+        with torch.inference_mode(False):  # it is written to whatever the mode of a later draw
+            return self._like.new_empty(len(self._ids), self._block, *self._like.shape[1:])
 
     def normal(self) -> Tensor:
         """The next standard normal tensor, (B, *event)."""

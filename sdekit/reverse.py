@@ -33,7 +33,7 @@ class Reverse(System):
         self.churn = _checks.positive(churn, "churn", zero=True)
         sde.require_signal_at_T()
         self.sde, self.score = sde, CountedScore(score)
-        self._nodes: dict[float, Node] = {}
+        self._nodes: dict[float, Node] = {}  # at the times of the loop that runs, once it has asked for one
         self._visits: frozenset[float] = frozenset()
 
     @property
@@ -57,13 +57,17 @@ class Reverse(System):
 
     def _node(self, t: float) -> Node:
         node = self._nodes.get(t)
-        if node is None:
-            times = list(self._visits) if t in self._visits else [t]
-            time = torch.tensor(times, dtype=torch.float64)
-            columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
-            self._nodes.update(zip(times, map(Node._make, zip(*columns, time.unbind(), strict=True)), strict=True))
-            node = self._nodes[t]
-        return node
+        if node is not None:
+            return node
+        if t not in self._visits:
+            return self._tabulated([t])[t]
+        self._nodes = self._tabulated(list(self._visits))
+        return self._nodes[t]
+
+    def _tabulated(self, times: list[float]) -> dict[float, Node]:
+        time = torch.tensor(times, dtype=torch.float64)
+        columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
+        return dict(zip(times, map(Node._make, zip(*columns, time.unbind(), strict=True)), strict=True))
 
     def levels(self, times: Tensor) -> Levels:
         """alpha, sigma and half log-SNR at all times, in one vectorised call."""
@@ -133,6 +137,7 @@ class CountedScore:
         self._times: list[Tensor] = []  # of the evaluations since the last check
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
+        self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The checked score, in x's dtype; one evaluation."""
@@ -142,19 +147,20 @@ class CountedScore:
         out = self.score(x, t)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
-        times = self._times
-        if not times:
+        if out.dtype is not self._like[0] or out.device != self._like[1]:
             self._make_room(out)
-        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
-        torch.sum(out.detach() if out.requires_grad else out, None, dtype=self._sums.dtype, out=self._slots[len(times)])
-        times.append(t)
-        if len(times) == _WINDOW or t.ndim:
+        # A sum is finite only if every entry is: one reduction, and nobody waits for it. Detached also from duals.
+        torch.sum(out.detach(), None, dtype=self._sums.dtype, out=self._slots[len(self._times)])
+        self._times.append(t)
+        if len(self._times) == _WINDOW or t.ndim:
             self.check()
         return out
 
     def _make_room(self, out: Tensor) -> None:
-        dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
-        if not self._slots or (self._sums.dtype, self._sums.device) != (dtype, out.device):
+        self.check()
+        self._like = (out.dtype, out.device)
+        with torch.inference_mode(False):  # they are written to whatever the mode of a later call
+            dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
             self._sums = torch.zeros(_WINDOW, dtype=dtype, device=out.device)
             self._slots = self._sums.unbind()
 

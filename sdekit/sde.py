@@ -14,7 +14,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse
-from sdekit.system import Coefficients, Score, System, Time, as_time, expand
+from sdekit.system import Coefficients, Score, System, Time, as_time, expand, float64
 
 
 def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
@@ -146,7 +146,8 @@ class SDE(System):
         A table of times, then Newton's method between two of them, with a bisection wherever it would leave them.
         Raises ValueError where lam is not reached in [0, T].
         """
-        lam = torch.as_tensor(lam, dtype=torch.float64)
+        device = lam.device if isinstance(lam, Tensor) else torch.device("cpu")
+        lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
         first, last = self.half_log_snr(0.0), self.half_log_snr(self.T)
         slack = 1e-9 * (1 + lam.abs())
         if bool((lam > first + slack).any() or (lam < last - slack).any()):
@@ -162,10 +163,11 @@ class SDE(System):
             off = c.alpha.log() - c.sigma.log() - lam
             low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
             newton = t + off * 2 * c.sigma**2 / c.g2  # dlambda/dt = -g^2/(2 sigma^2)
-            t = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-            if ((off.abs() < 1e-8) | (high - low <= 1e-15 * high)).all():
+            inside = (newton >= low) & (newton <= high)
+            t = torch.where(inside, newton, (low + high) / 2)
+            if ((inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)).all():
                 break
-        return t
+        return t.to(device, float64(device))
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks, backends
+from sdekit.adams import Adams
 from sdekit.adaptive import MAX_NFE, adaptive
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
+from sdekit.rungekutta import TABLEAUS, RungeKutta
 from sdekit.solution import Callback, Solution
 from sdekit.steppers import RULES, StepRule, as_rule
 from sdekit.system import System
 
-ADAPTIVE = ("rk45",)
+ADAPTIVE = (*TABLEAUS, "adams")
 
 
 def solve(
@@ -39,13 +41,15 @@ def solve(
     ``system``: an SDE (its forward equation), ``sde.reverse(score)``, ``sde.probability_flow(score)``, or
     anything with drift and diffusion. ``x``: (B, *event). ``grid``: monotone times; forwards in time too,
     except against the noise of a reverse SDE.
-    ``method``: a step rule or its name (``RULES``), which takes the grid's steps; "rk45", Dormand-Prince 5(4)
-    with error and step size per sample between the grid's ends; or a back-end and its method, such as
-    "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the whole batch's.
+    ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
+    step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)), "rk23" (Bogacki-Shampine 3(2)), or, for
+    a probability flow, "adams" (:class:`sdekit.adams.Adams`), which needs by far the fewest evaluations down to errors
+    of 1e-5; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
+    (``backends.METHODS``), whose steps are the whole batch's.
     ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
     (default 100,000).
     ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
-    trajectory, 0 for none; "rk45" steps onto each of those times, which costs evaluations.
+    trajectory, 0 for none; an adaptive method steps onto each of those times, which costs evaluations.
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
     ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
     ``callback(step, t, x)``: after each step.
@@ -72,12 +76,12 @@ def solve(
         return _denoised(system, solution, float(times[-1])) if denoise else solution
     if method in ADAPTIVE:
         if system.churn:
-            raise ValueError(f"rk45 integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
+            raise ValueError(f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
         limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8)
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
-            lambda y, t, run: system.drift(y, t), x, ends, rtol=rtol, atol=atol, max_nfe=limit, keep=bool(keep),
+            _adaptive_method(str(method), system, rtol, atol), x, ends, max_nfe=limit, keep=bool(keep),
             progress=progress, callback=callback,
         )  # fmt: skip
         system.settle()
@@ -91,6 +95,12 @@ def solve(
         system, rule, x, times, noise or Noise(x), keep=keep, denoise=denoise, estimate=estimate, progress=progress,
         callback=callback,
     )  # fmt: skip
+
+
+def _adaptive_method(name: str, system: Any, rtol: float, atol: float) -> Adams | RungeKutta:
+    if name == "adams":
+        return Adams(system, rtol, atol)
+    return RungeKutta(lambda y, t, run: system.drift(y, t), rtol, atol, TABLEAUS[name])
 
 
 def _denoised(system: Any, solution: Solution, t: float) -> Solution:

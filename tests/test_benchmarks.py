@@ -95,22 +95,32 @@ def test_idx_files(tmp_path):
             image_data.read_idx(tmp_path, name)
 
 
-def test_overhead_is_per_evaluation_and_counts_the_bare_loops_noise(monkeypatch, tmp_path, capsys):
-    rows = {"ddim": ("1", False), "ancestral": ("1", True), "edm": ("2", True), "restart": ("2", True)}
+def test_overhead_is_per_evaluation_and_counts_draws(monkeypatch, tmp_path, capsys):
+    rows = {"ddim": ("1", "0.0"), "ancestral": ("1", "1.0"), "heun_sde": ("2", "0.5"), "restart": ("2", "0.0")}
     loops, base = [], overhead.bare
-    monkeypatch.setattr(overhead, "bare", lambda d, n, noisy: loops.append((n, noisy)) or base(d, n, noisy))
+    monkeypatch.setattr(overhead, "bare", lambda d, n, draws: loops.append((n, draws)) or base(d, n, draws))
     monkeypatch.setattr(overhead, "SHAPES", ((1, 4),))
     monkeypatch.setattr(overhead, "SAMPLERS", {name: SAMPLERS[name] for name in rows})
     monkeypatch.setattr(sys, "argv", ["overhead.py", "--turns", "1", "--out", str(tmp_path)])
     overhead.main()
-    assert capsys.readouterr().out.count("(bare loop with randn)") == 3
     with (tmp_path / "overhead.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == ["sampler", "evaluations a step", "noise", "ratio (1, 4)", "microseconds (1, 4)"]
-    sums = {f"(sums of {k} predictions)": ("1", False) for k in (2, 3, 4)}
-    assert {row["sampler"]: (row["evaluations a step"], row["noise"] == "True") for row in found} == {**rows, **sums}
-    assert loops[:4] == [(300, False), (300, True), (600, True), (612, True)]  # restart goes back once
+    columns = ["sampler", "evaluations a step", "draws an evaluation", "ratio (1, 4)", "microseconds (1, 4)"]
+    assert list(found[0]) == columns
+    sums = {f"(sums of {k} predictions)": ("1", "0.0") for k in (2, 3, 4)}
+    assert {row["sampler"]: (row[columns[1]], row[columns[2]]) for row in found} == {**rows, **sums}
+    assert loops[:4] == [(300, 0), (300, 300), (600, 300), (612, 2)]  # restart goes back twice, once a run
     assert all(float(row["ratio (1, 4)"]) > 0 for row in found)
+    assert "heun_sde" in capsys.readouterr().out
+
+
+def test_the_bare_loop_draws_as_often_as_it_is_told(monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: drawn.append(0) or randn(*args, **kwargs))
+    for evaluations, draws in ((4, 0), (4, 4), (6, 3), (7, 2), (2, 6)):
+        drawn.clear()
+        overhead.bare(torch.ones(1), evaluations, draws)()
+        assert len(drawn) == draws
 
 
 def test_the_ratio_is_the_median_over_turns(monkeypatch):

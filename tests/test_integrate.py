@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdekit import VPSDE, HeatODE, System, solve, step_rule
+from sdekit import VPSDE, HeatODE, Noise, System, solve, step_rule
 from sdekit.steppers import chain, repeat, stay
 from tests.conftest import gaussian_score
 
@@ -199,3 +199,38 @@ def test_bad_input_is_named(kwargs, message):
         sde.reverse(gaussian_score(sde), churn=-1)
     with pytest.raises(ValueError, match="rk45 integrates ODEs"):
         solve(sde.reverse(gaussian_score(sde)), torch.ones(2), torch.tensor([1.0, 0.5]))
+
+
+def test_forward_mode_derivatives_pass_through_a_sampler():
+    """d x_0 / d x_T by dual numbers, equal to a difference quotient."""
+    sde = VPSDE()
+    x = torch.tensor([[0.3, -0.8]], dtype=torch.float64)
+    v = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    for name in ("ddim", "dpmpp_2m", "heun", "dpm_solver_2"):
+
+        def run(x_T, name=name):
+            return solve(sde.probability_flow(lambda y, t: -torch.tanh(y)), x_T, [1.0, 0.5, 0.1], name).x
+
+        _, slope = torch.func.jvp(run, (x,), (v,))
+        torch.testing.assert_close(slope, (run(x + 1e-6 * v) - run(x - 1e-6 * v)) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_a_system_and_a_noise_outlive_inference_mode():
+    sde = VPSDE()
+    x = torch.ones(2, 3)
+    system, noise = sde.reverse(gaussian_score(sde)), Noise(x, 0)
+    with torch.inference_mode():
+        solve(system, x, [0.9, 0.5, 0.1], "euler_maruyama", noise=noise)
+    assert solve(system, x, [0.9, 0.5, 0.1], "euler_maruyama", noise=noise).success
+
+
+def test_one_system_serves_every_dtype_and_keeps_no_times():
+    """The finite check follows the dtype: 1e39 is a number in float64. Times off the grid leave nothing behind."""
+    sde = VPSDE()
+    system = sde.probability_flow(lambda x, t: x)
+    for x in (torch.ones(2), torch.full((2,), 1e39, dtype=torch.float64), torch.ones(2, dtype=torch.float16)):
+        assert system.drift(x, 0.5).dtype == x.dtype
+        system.settle()
+    for k in range(50):
+        system.drift(torch.ones(2), 0.1 + k / 100)
+    assert not system._nodes

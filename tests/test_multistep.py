@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from sdekit import SAMPLERS, VPSDE, HeatODE, sample, solve
+from sdekit import SAMPLERS, SDE, VPSDE, HeatODE, sample, solve
 from sdekit.grids import make_grid
-from sdekit.steppers import RULES, multistep
+from sdekit.steppers import RULES, multistep, repeat
 from sdekit.steppers.exponential import PREDICTIONS
 from tests import oracle
 from tests.conftest import gaussian_score
@@ -49,9 +49,10 @@ def test_weights_match_their_closed_form(h):
         assert float(table.linear[i]) == pytest.approx(float(lv.sigma[i + 1] / lv.sigma[i]), rel=1e-12)
 
 
-@pytest.mark.parametrize("churn", [0.3, 1.0])
-@pytest.mark.parametrize("h", [2.0, 1e-1, 1e-5])
-def test_noise_and_linear_part_match_their_closed_form(h, churn):
+@pytest.mark.parametrize(
+    ("churn", "h"), [*itertools.product((0.3, 1.0), (2.0, 1e-1, 1e-5)), (8.0, 1e-1), (8.0, 7e-3), (3.0, 0.5)]
+)
+def test_noise_and_linear_part_match_their_closed_form(churn, h):
     """SA-Solver's: x_0 has sigma_s sqrt(1 - e^(-2 c^2 h)) and e^(-c^2 h), eps has c sigma_s sqrt(e^(2h) - 1)."""
     c2 = churn**2
     for prediction in ("x0", "eps"):
@@ -247,3 +248,35 @@ def test_bad_input_is_named(arguments, message):
         multistep(**arguments)
     with pytest.raises(TypeError, match="needs a score"):
         solve(VPSDE(), torch.ones(1), [0.1, 0.2], multistep(2))
+
+
+def test_the_estimate_is_as_exact_as_the_state():
+    """A constant prediction has nothing to correct, to rounding."""
+    sde = VPSDE()
+
+    def score(x, t):
+        return (0.7 * sde.alpha(t) - x) / sde.sigma(t) ** 2
+
+    x = torch.tensor([0.4], dtype=torch.float64)
+    system, rule = sde.probability_flow(score), multistep(3, corrector=True)
+    assert float(solve(system, x, make_grid(sde, "log_snr", 12), rule, estimate=True).error) < 1e-12
+
+
+def test_a_rule_that_has_used_its_rows_says_so():
+    sde = VPSDE()
+    system = sde.probability_flow(gaussian_score(sde))
+    with pytest.raises(ValueError, match="it cannot be repeated on an interval"):
+        solve(system, torch.ones(2), [0.9, 0.5, 0.1], repeat(multistep(2), 3))
+
+
+def test_a_process_that_gets_cleaner_is_refused():
+    class Wavy(SDE):
+        def alpha(self, t):
+            return torch.ones_like(t)
+
+        def sigma(self, t):
+            return 0.1 + torch.sin(3 * t) + 0.1 * t
+
+    for name in ("dpmpp_2m", "dpm_solver_2"):
+        with pytest.raises(ValueError, match="must increase with t"):
+            sample(Wavy(), lambda x, t: -x, (2,), name, grid="uniform", steps=20, seed=0)

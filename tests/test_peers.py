@@ -254,4 +254,4 @@ def test_overhead_of_a_peer(monkeypatch):
         *loops,
     ]
     assert all(row["ratio (1, 4)"] > 0 for row in rows)
-    assert "| torchsde euler (bare loop with randn) | 1 | " in peers.overhead_table(rows)
+    assert "| torchsde euler | 1 | 1.0 | " in peers.overhead_table(rows)

@@ -242,3 +242,24 @@ def test_noise_that_shrinks_is_refused():
 def test_bad_input_is_named(make, message):
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         make()
+
+
+def test_the_inverse_of_half_log_snr_is_exact_to_rounding(sde):
+    """Everywhere in (0, T], in order; and without a usable slope, by bisection alone."""
+    lam = torch.linspace(
+        float(sde.half_log_snr(sde.T)), float(sde.half_log_snr(1e-6 * sde.T)), 200, dtype=torch.float64
+    )
+    t = sde.inverse_half_log_snr(lam)
+    assert float((sde.half_log_snr(t) - lam).abs().max()) < 1e-12
+    assert bool((t.diff() < 0).all())
+
+    class Opaque(SDE):
+        T, t_min = sde.T, sde.t_min
+
+        def alpha(self, t):
+            return sde.alpha(t).detach()
+
+        def sigma(self, t):
+            return sde.sigma(t).detach()
+
+    assert float((sde.half_log_snr(Opaque().inverse_half_log_snr(lam[::20])) - lam[::20]).abs().max()) < 1e-12

@@ -40,11 +40,12 @@ def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> t
     """
     h = s - t
     m = t + 0.5 * (s - t)
-    x_s, y, u = x, x, t  # the sum as it grows, and where the next stage looks
-    for c, weight, v in ((h / 2, h / 6, m), (h / 2, h / 3, m), (h, h / 3, s)):
-        k = system.drift(y, u)
-        x_s, y, u = x_s.add(k, alpha=weight), x.add(k, alpha=c), v
-    x_s = x_s.add(system.drift(y, s), alpha=h / 6)
+    k = system.drift(x, t)
+    total = k / 6  # grows as stages come, so that none need be kept
+    for c, u, weight in ((h / 2, m, 1 / 3), (h / 2, m, 1 / 3), (h, s, 1 / 6)):
+        k = system.drift(x.add(k, alpha=c), u)
+        total.add_(k, alpha=weight)
+    x_s = x.add(total, alpha=h)
     if system.churn:
         x_s = x_s + system.diffusion(t) * noise.increment(t, s)
     return x_s, state

@@ -21,12 +21,13 @@ from torch.nn.functional import softplus
 
 from sdekit.system import Levels
 
-# Gauss-Legendre points and weights of [0, 1] by their number: 8 are exact to rounding up to a step of 1/2.
+# Gauss-Legendre points and weights of [0, 1] by their number: 8 are exact to rounding for exponents up to 1/2.
 _QUADRATURE = {
     n: tuple(torch.from_numpy(a) / 2 for a in (points + 1, weights))
     for n, (points, weights) in ((n, np.polynomial.legendre.leggauss(n)) for n in (8, 24))
 }
 _ONE = torch.ones((), dtype=torch.float64)
+FAR = 1e30  # a node at infinity leaves the polynomial through the others alone
 
 
 class Prediction(NamedTuple):
@@ -71,11 +72,21 @@ class Integrand(NamedTuple):
     at: Tensor  # (N, Q), half log-SNR
 
 
+def grid_levels(system: Any, times: list[float]) -> Levels:
+    """The levels of a grid. Raises ValueError where sigma/alpha does not grow with t."""
+    lv = system.levels(torch.tensor(times, dtype=torch.float64))
+    wrong = (lv.lam.diff() * lv.time.diff() >= 0).nonzero()
+    if len(wrong):
+        at = float(lv.time[wrong[0, 0]])
+        raise ValueError(f"{type(system.sde).__name__}: sigma/alpha must increase with t, but does not at t = {at:g}")
+    return lv
+
+
 def integrand(kind: Prediction, churn: float, start: Levels, end: Levels) -> Integrand:
     """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,)."""
     k, lam_s = 1 + churn**2, end.lam[:, None]
     h = lam_s - start.lam[:, None]
-    points, weights = _QUADRATURE[8 if float(h.detach().abs().max()) <= 0.5 else 24]
+    points, weights = _QUADRATURE[8 if k * float(h.detach().abs().max()) <= 0.5 else 24]
     at, dlam = start.lam[:, None] + h * points, h * weights
     log_phi, log_phi_s = kind.log_phi(at), kind.log_phi(lam_s)
     kernel = -k * kind.b * end.alpha[:, None] * torch.exp(k * (log_phi_s - log_phi) - log_phi - at) * dlam
@@ -121,7 +132,7 @@ def scalars(values: Tensor, x: Tensor) -> Sequence[Tensor]:
     return values.to(torch.promote_types(x.dtype, torch.float32)).unbind()
 
 
-def weighted(x: Tensor, linear: Tensor, terms: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+def weighted(x: Tensor, linear: Tensor | float, terms: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
     """linear x + sum of weight times term, in a new tensor; in place where it is already ours."""
     total = x * linear
     for term, weight in zip(terms, weights):  # noqa: B905 - the start has fewer

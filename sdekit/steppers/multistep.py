@@ -19,10 +19,12 @@ from sdekit import _checks
 from sdekit.steppers.base import StepRule
 from sdekit.steppers.exponential import (
     CLOCKS,
+    FAR,
     PREDICTIONS,
     Integrand,
     Prediction,
     frozen,
+    grid_levels,
     integrand,
     interpolate,
     scalars,
@@ -35,7 +37,6 @@ from sdekit.system import Levels
 # Over more of half log-SNR the polynomial of collocation errs by more than it mends; no limit to the order.
 _SPAN = 3.0
 _MOST = 4  # the start of a higher order would cost evaluations
-_FAR = 1e30
 
 
 class Table(NamedTuple):
@@ -47,7 +48,7 @@ class Table(NamedTuple):
     linear: Tensor  # (n,)
     std: Tensor  # (n,)
     weights: Tensor  # (n, m), newest first
-    correction: Tensor | None  # (n, m): of x where the evaluation was made; it is in linear and weights already
+    correction: Tensor | None  # (n, m): of x where the evaluation was made; the weights have it already
 
     def start(self, x: Tensor) -> "State":
         """The state before the first step from x: the rows as numbers, for predictions stored without their unit."""
@@ -124,7 +125,7 @@ def multistep(
         return tabulate(lv, kind, exact, ahead, place, order, corrector, reached > 2)
 
     def begin(system: Any, times: list[float], x: Tensor) -> State:
-        return table(system, system.levels(torch.tensor(times, dtype=torch.float64))).start(x)
+        return table(system, grid_levels(system, times)).start(x)
 
     return StepRule(
         step,
@@ -139,7 +140,10 @@ def multistep(
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
-    time, reach, linear, std, weights = next(state.rows)
+    row = next(state.rows, None)
+    if row is None:
+        raise ValueError("a multistep rule takes each step of its grid once; it cannot be repeated on an interval")
+    time, reach, linear, std, weights = row
     state.history.appendleft(stored(x, system.score(x, time), reach))
     x_s = weighted(x, linear, state.history, weights)
     if std:
@@ -158,7 +162,7 @@ def correction(state: State) -> Tensor | None:
     if not weights:
         return None
     newest, *older = state.history
-    return weighted(newest, torch.tensor(weights[0]), older, weights[1:])
+    return weighted(newest, weights[0], older, weights[1:])
 
 
 def tabulate(
@@ -185,7 +189,7 @@ def tabulate(
     step, newest, use = map(torch.cat, zip(*wanted, strict=True))
     kernel, at = torch.cat([p.kernel, g.kernel])[step[:, 0]], torch.cat([p.at, g.at])[step[:, 0]]
     # A node that is not used is put at infinity, where it leaves the polynomial alone.
-    nodes = torch.where(use, place[(newest - lag).clamp_min(0)], _FAR * (1 + lag))
+    nodes = torch.where(use, place[(newest - lag).clamp_min(0)], FAR * (1 + lag))
     ahead, *more = (use * interpolate(kernel, at, nodes)).split([len(rows) for rows, _, _ in wanted])
 
     change = torch.zeros(n + 1, m, dtype=torch.float64)

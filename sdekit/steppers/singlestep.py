@@ -10,7 +10,17 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.steppers.base import StepRule, as_rule
-from sdekit.steppers.exponential import CLOCKS, PREDICTIONS, integrand, interpolate, scalars, stored, unit, weighted
+from sdekit.steppers.exponential import (
+    CLOCKS,
+    PREDICTIONS,
+    grid_levels,
+    integrand,
+    interpolate,
+    scalars,
+    stored,
+    unit,
+    weighted,
+)
 from sdekit.system import Levels
 
 
@@ -48,7 +58,7 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
         )
 
     def begin(system: Any, times: list[float], x: Tensor) -> Iterator[Sequence[Stage]]:
-        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
         return tabulate(system, stages, prediction, clock, start, end, x)
 
@@ -127,7 +137,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
             raise ValueError(
                 f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
             )
-        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
         r = torch.exp(-start.lam)
         more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
@@ -167,7 +177,7 @@ def restart(
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
     def begin(system: Any, times: list[float], x: Tensor) -> Any:
-        lv = system.levels(torch.tensor(times, dtype=torch.float64))
+        lv = grid_levels(system, times)
         r = lv.sigma / lv.alpha
         if not r[-1] <= low * _SLACK < r[0]:
             ends = f"{float(r[0]):g} to {float(r[-1]):g}"
