@@ -291,8 +291,7 @@ FIXED: dict[str, Peer] = {
     "torchdiffeq midpoint": Peer("torchdiffeq", torchdiffeq_fixed("midpoint"), evaluations=2, order=2),
     "torchdiffeq rk4": Peer("torchdiffeq", torchdiffeq_fixed("rk4"), evaluations=4, order=4),
 }
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
-# method -> tolerance -> its run; these choose their evaluations themselves
+# method -> tolerance -> its run
 ADAPTIVE: dict[str, tuple[str, Callable[[float], Callable[[Denoiser, Tensor, Tensor], Tensor]]]] = {
     "torchdiffeq dopri5": ("torchdiffeq", lambda tolerance: torchdiffeq_adaptive(tolerance, log=False)),
     "torchdiffeq dopri5 in log s": ("torchdiffeq", lambda tolerance: torchdiffeq_adaptive(tolerance, log=True)),

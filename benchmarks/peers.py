@@ -42,6 +42,7 @@ SIZES = {"digits64": 512, "grid2": 1024}
 COLUMNS = (5, 6, 8, 10, 12, 15, 20, 30, 50)
 GRIDS = ("karras", "log_snr", "vp_quadratic", "vp_cubic")
 PEER_GRIDS = GRIDS[:2]
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)  # of adaptive methods, which choose their evaluations themselves
 CALIBRATED_UP_TO = 20  # a grid is worth calibrating where evaluations are few
 SAME_NAME = {
     "ddim": "diffusers DDIM",
@@ -165,22 +166,26 @@ def peer(problem: Problem, name: str, grid: str, nfe: int) -> Entry | None:
 
 
 @torch.no_grad()
-def adaptive(problem: Problem) -> list[Entry]:
+def adaptive(
+    problem: Problem, methods: Iterable[str] = ("adams", "rk45"), tolerances: Iterable[float] = TOLERANCES
+) -> list[Entry]:
     """Adaptive methods at several tolerances. Calls are counted: as many as the slowest sample needed."""
     levels = torch.tensor([80.0, problem.sde.t_min, 0.0], dtype=torch.float64)
     entries = []
-    for tolerance in peer_samplers.TOLERANCES:
+    for tolerance in tolerances:
         at = f"tolerance {tolerance:g}"
 
-        def draw(score: Counted, tolerance: float = tolerance) -> Tensor:
+        def draw(score: Counted, method: str, tolerance: float = tolerance) -> Tensor:
             settings = {"x_T": problem.start, "rtol": tolerance, "atol": tolerance}
-            return ode_sample(problem.sde, score, problem.start.shape, **settings)
+            return ode_sample(problem.sde, score, problem.start.shape, method=method, **settings)
 
-        entries.append(counted_run(problem, "ours", "rk45", at, 0, draw))
+        for method in methods:
+            side = "peers" if ":" in method else "ours"
+            entries.append(counted_run(problem, side, method, at, 0, partial(draw, method=method)))
         for name, (package, make) in peer_samplers.ADAPTIVE.items():
             if peer_samplers.available(package):
-                draw = driven(problem, make(tolerance), levels)
-                entries.append(counted_run(problem, "peers", name, at, 0, draw))
+                draw_peer = driven(problem, make(tolerance), levels)
+                entries.append(counted_run(problem, "peers", name, at, 0, draw_peer))
     return entries
 
 

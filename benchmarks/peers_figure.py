@@ -165,7 +165,10 @@ def draw(path: Path, problem: str, samples: int, entries: list[Entry]) -> None:
     for row in rows_of(entries, "calibrated").values():
         axes.plot(*curve(row), color=CALIBRATED[0], marker=CALIBRATED[1], ms=13, lw=2.6, zorder=4, mec="white",
                   mew=0.8, label="sdekit calibrated")  # fmt: skip
-    for side, colour, label in (("peers", "#888888", "adaptive peers"), ("ours", "#000000", "sdekit rk45, adaptive")):
+    for side, colour, label in (
+        ("peers", "#888888", "adaptive peers"),
+        ("ours", "#000000", "sdekit adams and rk45, adaptive"),
+    ):
         found = [e for e in entries if e.side == side and not e.budget and e.nfe <= WIDEST]
         axes.plot(*curve(found), color=colour, marker="x" if side == "peers" else "+", ms=7, mew=1.5, ls="", zorder=2,
                   label=label if found else "_")  # fmt: skip

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import adaptive as adaptive_benchmark
 import order
 import peer_samplers
 import peers
@@ -33,7 +35,7 @@ def few(monkeypatch):
     monkeypatch.setattr(order, "deterministic", lambda: ["ddim", "dpmpp_2m"])
     fixed = {name: peer for name, peer in peer_samplers.FIXED.items() if peer.package == "torchdiffeq"}
     monkeypatch.setattr(peer_samplers, "FIXED", fixed)
-    monkeypatch.setattr(peer_samplers, "TOLERANCES", (1e-2,))
+    monkeypatch.setattr(peers, "adaptive", functools.partial(peers.adaptive, tolerances=(1e-2,)))
     monkeypatch.setattr(peers, "SIZES", {"grid2": 16})
     monkeypatch.setattr(peers, "calibrated", lambda problem, nfe: None)
 
@@ -255,3 +257,24 @@ def test_overhead_of_a_peer(monkeypatch):
     ]
     assert all(row["ratio (1, 4)"] > 0 for row in rows)
     assert "| torchsde euler | 1 | 1.0 | " in peers.overhead_table(rows)
+
+
+def test_evaluations_at_an_error_are_read_off_the_curve():
+    points = [peers.Entry("p", "ours", "m", "", 0, n, float(n), e) for n, e in ((10, 1e-1), (20, 1e-2), (40, 1e-4))]
+    assert adaptive_benchmark.needed(points, 1e-2) == pytest.approx(20)
+    assert adaptive_benchmark.needed(points, 1e-3) == pytest.approx(30)
+    assert adaptive_benchmark.needed(points, 1.0) == 10
+    assert adaptive_benchmark.needed(points, 1e-5) == math.inf
+
+
+def test_the_adaptive_benchmark_end_to_end(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peer_samplers, "ADAPTIVE", {k: v for k, v in peer_samplers.ADAPTIVE.items() if "diffeq" in k})
+    monkeypatch.setattr(adaptive_benchmark, "METHODS", ("adams", "rk45"))
+    adaptive_benchmark.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for row in ("| adams | ", "| rk45 | ", "| torchdiffeq dopri5 | ", "| k-diffusion dpm_adaptive | 40 | 65 | > 93 |"):
+        assert row in printed
+    ratios = re.search(r"fewest of the peers / adams\*\* \| ([\d.]+) \| ([\d.]+)", printed)
+    assert min(map(float, ratios.groups())) >= 2
+    assert re.search(r"adams \| \d+ \| \d+ \| \d+ \| \d+ \| [1-9]\d?%", printed)
+    assert (tmp_path / "adaptive.png").stat().st_size > 20_000
