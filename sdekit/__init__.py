@@ -1,5 +1,6 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
+from sdekit.brownian import BrownianPath
 from sdekit.calibrate import calibrate
 from sdekit.calibration import Calibration, load_calibration
 from sdekit.grids import GRIDS
@@ -26,6 +27,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "BrownianPath",
     "Calibration",
     "GaussianMixture",
     "HeatODE",

@@ -1,5 +1,6 @@
 """Keyed noise: every random number is a function of (seed, sample, purpose, its place in the sequence)."""
 
+import math
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
@@ -62,6 +63,12 @@ class Noise:
     def increment(self, t: float, s: float) -> Tensor:
         """The Brownian increment of the next interval, W_s - W_t ~ N(0, |s - t|), (B, *event)."""
         return self.normal().mul_(abs(s - t) ** 0.5)
+
+    def increment_and_integral(self, t: float, s: float) -> tuple[Tensor, Tensor]:
+        """That increment and the integral of W_u - W_t du from t to s: (s - t)/2 dW + N(0, |s - t|^3/12)."""
+        dW = self.increment(t, s)
+        rest = self.normal().mul_((s - t) * abs(s - t) ** 0.5 / math.sqrt(12))
+        return dW, rest.add_(dW, alpha=(s - t) / 2)
 
 
 def _sample_key(key: int, i: int) -> int:

@@ -48,8 +48,9 @@ def solve(
     (``backends.METHODS``), whose steps are the whole batch's.
     ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
     (default 100,000).
-    ``noise``: the source of randomness; fresh unless given. ``keep``: how many states (>= 2) to keep as
-    trajectory, 0 for none; an adaptive method steps onto each of those times, which costs evaluations.
+    ``noise``: the source of randomness (:class:`Noise`, or a :class:`BrownianPath` for runs that are to be compared);
+    fresh unless given. ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps
+    onto each of those times, which costs evaluations.
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
     ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
     ``callback(step, t, x)``: after each step.

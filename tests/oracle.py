@@ -122,6 +122,10 @@ class UnitNoise:
     def increment(self, t, s):
         return self.normal() * abs(s - t) ** 0.5
 
+    def increment_and_integral(self, t, s):
+        dW = self.increment(t, s)
+        return dW, (s - t) * (dW / 2 + self.normal() * (abs(s - t) / 12) ** 0.5)
+
 
 def propagate(system, rule, grid, mean, std, rows):
     """Exact (mean, variance) of a rule's result from x ~ N(mean, std^2), one-dimensional data."""

@@ -2,7 +2,7 @@
 
 from sdekit.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay, step_rule
 from sdekit.steppers.ddim import ddim
-from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4
+from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4, sra1
 from sdekit.steppers.langevin import langevin
 from sdekit.steppers.multistep import multistep
 from sdekit.steppers.singlestep import edm, restart, singlestep
@@ -24,6 +24,7 @@ __all__ = [
     "reverse_diffusion",
     "rk4",
     "singlestep",
+    "sra1",
     "stay",
     "step_rule",
 ]
@@ -34,6 +35,7 @@ RULES: dict[str, StepRule] = {
     "reverse_diffusion": reverse_diffusion,
     "heun": heun,
     "rk4": rk4,
+    "sra1": sra1,
     "ddim": ddim(eta=0.0),
     "ancestral": ddim(eta=1.0),
     # Multistep: the exact integral of the polynomial, variable steps, and a start that keeps the order throughout.

@@ -51,6 +51,23 @@ def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> t
     return x_s, state
 
 
+@step_rule(evaluations=2, order=2, weak_order=2, nodes=(0.75,))
+def sra1(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """y = x + 3/4 h d_t + 3/2 g_s J/h,  x_s = x + h/3 (d_t + 2 d(y, t + 3/4 h)) + g_s (dW - J/h) + g_t J/h,  h = s - t.
+
+    J is the integral of W_u - W_t du over the step. Strong order 1.5 for additive noise, which that of a diffusion
+    model and its reverse is; order 2 on an ODE. Roessler 2010, SIAM J. Numer. Anal. 48(3), scheme SRA1.
+    """
+    h = s - t
+    d_t = system.drift(x, t)
+    x_s, y = x.add(d_t, alpha=h / 3), x.add(d_t, alpha=0.75 * h)
+    if system.churn:
+        dW, integral = noise.increment_and_integral(t, s)
+        g_t, g_s, mean = system.diffusion(t), system.diffusion(s), integral / h
+        x_s, y = x_s + g_s * (dW - mean) + g_t * mean, y + 1.5 * g_s * mean
+    return x_s.add_(system.drift(y, t + 0.75 * (s - t)), alpha=2 / 3 * h), state
+
+
 @step_rule()
 def reverse_diffusion(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """The reverse of the exact forward step from s to t (Song et al. 2021, eq. 46).
