@@ -7,15 +7,13 @@ shape), the whole call counted (tables of coefficients, checks). The bare loop i
 evaluation that the sampler makes, and  y + c randn  as often as the sampler draws noise, so that the ratio is the cost
 of an evaluation whatever the rule. Bare loop and sampler take turns; the ratio of a turn is that of its two neighbours,
 and the median over turns is printed, since absolute times depend on the machine and its other guests.
-A rule with a history has more to add up than the bare loop: the last rows are loops that do a multistep rule's sums and
-nothing else (a prediction from y and d, then a y + the sum of the last two, three or four).
+A rule with a history has more to add up than the bare loop. peers.py prints this table with other libraries' loops.
 """
 
 import argparse
 import csv
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,21 +38,6 @@ def bare(d: Tensor, evaluations: int, draws: int) -> Callable[[], object]:
             y = 0.9 * y + (0.1 + k / evaluations) * d
             for _ in range(drawn[k]):
                 y = y + 0.1 * torch.randn(d.shape, generator=generator)
-        return y
-
-    return loop
-
-
-def sums(terms: int, d: Tensor, steps: int) -> Callable[[], object]:
-    """The sums of a multistep rule with so many predictions."""
-
-    def loop() -> Tensor:
-        y, history = d, deque(maxlen=terms)
-        for k in range(steps):
-            history.appendleft(torch.add(y, d, alpha=0.1 + k / steps))
-            y = 0.9 * y
-            for p in history:
-                y.add_(p, alpha=0.1)
         return y
 
     return loop
@@ -95,8 +78,7 @@ class Loop(NamedTuple):
 
 
 def rows() -> list[Loop]:
-    found = [Loop(name, partial(counts, name), partial(ours, name)) for name in SAMPLERS]
-    return found + [Loop(f"(sums of {k} predictions)", lambda n: (n, 0), partial(sums, k)) for k in (2, 3, 4)]
+    return [Loop(name, partial(counts, name), partial(ours, name)) for name in SAMPLERS]
 
 
 def measure(row: Loop, turns: int, shorter: int = 1) -> dict[str, object]:
@@ -130,7 +112,7 @@ def ratio(base: Callable[[], object], run: Callable[[], object], turns: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, {options.turns} turns, median ratio to the bare loop per evaluation")

@@ -253,7 +253,7 @@ def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
 @torch.no_grad()
 def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
     """The cost of an evaluation beside the network, as ratios to overhead.py's bare loop."""
-    rows = [row._replace(name=f"sdekit {row.name}") if row.name in SAMPLERS else row for row in overhead.rows()]
+    rows = [row._replace(name=f"sdekit {row.name}") for row in overhead.rows()]
     for name in PEER_LOOPS:
         if peer_samplers.available(name.split()[0]):
             noisy = name.startswith("torchsde")

@@ -45,7 +45,7 @@ class Adams:
         return self.system.levels(t.cpu()).lam
 
     def time(self, u: Tensor) -> Tensor:
-        """t of a half log-SNR, never a rounding beyond the ends."""
+        """t of a half log-SNR, never a rounding beyond the ends; on the CPU."""
         return self.system.sde.inverse_half_log_snr(u.cpu()).clamp(self._first, self._last)
 
     def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:
@@ -63,8 +63,9 @@ class Adams:
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         """One step: predict, evaluate, correct."""
         levels, places, have, *past = state
-        old, new, places = Levels(*levels.cpu().unbind(1)), self._levels(u_new), places.cpu()
-        g = integrand(_KIND, 0.0, old, new)
+        levels, places = (kept.to("cpu", torch.float64) for kept in (levels, places))  # a few numbers for each sample
+        old, new = Levels(*levels.unbind(1)), self._levels(u_new)
+        g = integrand(_KIND, 0.0, old, new, points=24)  # a sample's own, whatever the steps of the others
         at, place = _PLACE(self.system, g.at), _PLACE(self.system, new.lam)
         ahead = interpolate(g.kernel, at, places)
         linear = expand(g.linear, y) * y
@@ -77,7 +78,7 @@ class Adams:
         return corrected, size, have + 1, kept
 
     def _levels(self, u: Tensor) -> Levels:
-        return self.system.levels(self.time(u))  # on the CPU: a few numbers for each sample
+        return self.system.levels(self.time(u))
 
     def _predict(self, x: Tensor, lv: Levels) -> Tensor:
         score = self.system.score(x, batch_time(lv.time, x))

@@ -59,7 +59,7 @@ def adaptive(
     before (the PI control of Hairer & Wanner 1996, IV.2, beta a fifth of the power). Samples that are done leave the
     batch that the network sees; no evaluation lies outside the interval. ``keep`` makes the trajectory at ``times``.
     A sample that cannot go on keeps its last accepted state and says why in ``status``; from there on its trajectory
-    is NaN.
+    is NaN. (A score that is not finite raises, as everywhere: that is no matter of steps.)
     """
     batch, n = y.shape[0], len(times)
     clock = method.clock(times).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
@@ -74,6 +74,7 @@ def adaptive(
     run = torch.arange(batch, device=y.device)
     u, aim = reached.clone(), torch.ones(batch, dtype=torch.int64, device=y.device)
     state, h, nfe = method.start(y, u, clock[[0, -1]], run)
+    h = h.detach()
     before = torch.ones_like(h)  # the error of the last accepted step
     counts[0] += nfe
     for step in bar(itertools.count(1), progress):
@@ -84,10 +85,12 @@ def adaptive(
         u_new = torch.where(last, u_aim, u + direction * used)
         y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
         nfe += method.evaluations
-        size = torch.where(torch.isfinite(size), size, math.inf).to(h)
+        size = torch.where(torch.isfinite(size), size, math.inf).to(h).detach()  # steps are not differentiated
         accept = size <= 1
         bounded = size.clamp_min(1e-10)
-        factor = (method.safety * bounded ** (-0.85 / power) * before ** (0.2 / power)).clamp(*method.limits)
+        # By exp and log, which torch computes alike at every place of a batch; powers it does not.
+        factor = method.safety * torch.exp((0.2 * before.log() - 0.85 * bounded.log()) / power)
+        factor = factor.clamp(*method.limits)
         h_new = torch.where(accept, used * factor, used * factor.clamp_max(1.0))
         h = torch.where(accept & last, torch.maximum(h_new, h), h_new)  # a step cut short says nothing against h
         before = torch.where(accept, bounded, before)

@@ -29,7 +29,8 @@ class BrownianPath(Noise):
 
     Every node is drawn by NumPy's PCG64DXSM in float64 on the CPU, from a state that is a hash of (seed, sample, node):
     sample ids[i] has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws
-    that belong to no interval, is :class:`Noise`'s. Arguments as there; ``start`` and ``end`` in either order.
+    that belong to no interval, is :class:`Noise`'s: of the rules euler_maruyama, heun, rk4 and sra1 follow the path.
+    Arguments as there; ``start`` and ``end`` in either order.
     Raises ValueError for times outside the interval and where start = end.
     """
 
@@ -71,11 +72,11 @@ class BrownianPath(Noise):
             return self._known[t]
         span = self._high - self._low
         u = (t - self._low) / span
-        if not -1e-12 <= u <= 1 + 1e-12:
+        if not -1e-6 <= u <= 1 + 1e-6:  # a float32 time may lie a rounding beyond the ends
             raise ValueError(f"the path is known on [{self._low:g}, {self._high:g}], asked for at t = {t:g}")
         u = round(min(max(u, 0.0), 1.0) * _TICKS) / _TICKS  # so that the times of a dyadic grid are nodes
-        while not 0 <= u * 2.0 ** (len(self._branch) - 1) - self._branch[-1][0] <= 1:
-            self._branch.pop()
+        while len(self._branch) > 1 and not 0 <= u * 2.0 ** (len(self._branch) - 1) - self._branch[-1][0] < 1:
+            self._branch.pop()  # a node is always read as a left end, so that its bits do not depend on the way there
         while True:
             level = len(self._branch) - 1
             index, w, j, dw, area = self._branch[-1]

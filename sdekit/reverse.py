@@ -149,8 +149,14 @@ class CountedScore:
             out = self._fitting(out, x)
         if out.dtype is not self._like[0] or out.device != self._like[1]:
             self._make_room(out)
-        # A sum is finite only if every entry is: one reduction, and nobody waits for it. Detached also from duals.
-        torch.sum(out.detach(), None, dtype=self._sums.dtype, out=self._slots[len(self._times)])
+        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
+        slot = self._slots[len(self._times)]
+        try:
+            torch.sum(out, None, dtype=slot.dtype, out=slot)
+        except (
+            RuntimeError
+        ):  # out= wants no gradients and no dual numbers; to detach always would cost more than to try
+            torch.sum(out.detach(), None, dtype=slot.dtype, out=slot)
         self._times.append(t)
         if len(self._times) == _WINDOW or t.ndim:
             self.check()

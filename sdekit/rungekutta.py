@@ -91,7 +91,7 @@ class RungeKutta:
         d2 = self.norm((self.rhs(y + expand(direction * h0, y) * k, probe, run) - k) / scale).to(u) / h0
         steepest = torch.maximum(d1.to(u), d2)
         flat = torch.maximum(1e-6 * span, h0 * 1e-3)
-        h1 = torch.where(steepest <= 1e-15, flat, (0.01 / steepest) ** (1 / self.tableau.order))
+        h1 = torch.where(steepest <= 1e-15, flat, torch.exp((0.01 / steepest).log() / self.tableau.order))
         h = torch.minimum(100 * h0, h1).clamp_max(span)
         return (k,), torch.where(torch.isfinite(h), h, 1e-6 * span), 2  # not finite: rejected until it underflows
 

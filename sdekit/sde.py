@@ -158,14 +158,16 @@ class SDE(System):
         i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)
         low, high = times[i - 1], times[i]
         t = low + (high - low) * ((table[i - 1] - lam) / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
+        done = torch.zeros_like(t, dtype=torch.bool)
         for _ in range(100):
             c = self.coefficients(t)
             off = c.alpha.log() - c.sigma.log() - lam
             low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
             newton = t + off * 2 * c.sigma**2 / c.g2  # dlambda/dt = -g^2/(2 sigma^2)
             inside = (newton >= low) & (newton <= high)
-            t = torch.where(inside, newton, (low + high) / 2)
-            if ((inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)).all():
+            t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
+            done = done | (inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)
+            if done.all():
                 break
         return t.to(device, float64(device))
 

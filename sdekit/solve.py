@@ -47,10 +47,11 @@ def solve(
     of 1e-5; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
     (``backends.METHODS``), whose steps are the whole batch's.
     ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
-    (default 100,000).
-    ``noise``: the source of randomness (:class:`Noise`, or a :class:`BrownianPath` for runs that are to be compared);
-    fresh unless given. ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps
-    onto each of those times, which costs evaluations.
+    (default 100,000), a final denoising counted.
+    ``noise``: the source of randomness: :class:`Noise`, or a :class:`BrownianPath`, of which euler_maruyama, heun, rk4
+    and sra1 take increments (other rules draw exact noise of their own kind); fresh unless given.
+    ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps onto each of those
+    times, which costs evaluations.
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
     ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
     ``callback(step, t, x)``: after each step.
@@ -78,7 +79,7 @@ def solve(
     if method in ADAPTIVE:
         if system.churn:
             raise ValueError(f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
-        limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8)
+        limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8 + denoise) - denoise
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
@@ -128,4 +129,4 @@ def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
             f"grid must decrease: a reverse SDE (churn = {system.churn:g}) only holds backwards in time; "
             "use the process itself to go forwards, or churn = 0"
         )
-    return times
+    return times.clamp(low, high)

@@ -81,10 +81,11 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(method):
     for make in NAMED.values():
         sde = make()
         system = sde.probability_flow(gaussian_score(sde, 0.05))
-        x = sde.prior_sample((6, 3, 5), seed=0) * torch.tensor([0.0, 1e-3, 0.1, 1.0, 3.0, 10.0]).reshape(6, 1, 1)
+        size = torch.logspace(-3, 1, 13, dtype=torch.float64).reshape(13, 1, 1)  # an odd number: no vector of 4 fits
+        x = sde.prior_sample((13, 3, 5), seed=0, dtype=torch.float64) * size
         grid = torch.tensor([sde.T, sde.t_min])
         whole = solve(system, x, grid, method, keep=4)
-        for rows in ([0], [3], [5, 2]):
+        for rows in ([0], [7], [12], [5, 2]):
             part = solve(system, x[rows], grid, method, keep=4)
             assert torch.equal(part.x, whole.x[rows])
             assert torch.equal(part.accepted, whole.accepted[rows])
@@ -287,3 +288,37 @@ def test_adams_weights_are_exact_on_a_parabola():
     assert float(power) == 4
     assert float(size) < 1e-4
     torch.testing.assert_close(y, tight, rtol=1e-7, atol=1e-8)
+
+
+@every_method
+def test_a_float32_grid_may_lie_a_rounding_beyond_the_ends(method, sde):
+    system = sde.probability_flow(gaussian_score(sde, 0.5))
+    out = solve(
+        system, sde.prior_sample((2, 2), seed=0), torch.tensor([sde.T, sde.t_min]), method, rtol=1e-2, atol=1e-2
+    )
+    assert out.success
+
+
+@every_method
+def test_gradients_pass_through_the_states_not_the_steps(method):
+    """A sample whose error is 0, and whose steps are long, has a finite gradient; the other has the flow's own."""
+    sde = NAMED["VP"]()
+    x = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    out = solve(sde.probability_flow(gaussian_score(sde, 0.5)), x, [1.0, 1e-3], method, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(out.x.sum(), x)
+    assert not out.t.requires_grad
+
+    def spread(t):
+        return float((sde.alpha(t) ** 2 * 0.25 + sde.sigma(t) ** 2).sqrt())
+
+    torch.testing.assert_close(slope[0], torch.full_like(x[0], spread(1e-3) / spread(1.0)), rtol=1e-3, atol=0)
+    assert torch.isfinite(slope[1]).all()
+
+
+def test_the_limit_counts_the_denoising():
+    sde = NAMED["VP"]()
+    x = sde.prior_sample((3, 2), seed=0, dtype=torch.float64)
+    for limit in range(30, 45):
+        for method in ("rk45", "adams"):
+            system = sde.probability_flow(gaussian_score(sde, 0.05))
+            assert solve(system, x, [1.0, 1e-3], method, max_nfe=limit, denoise=True).nfe <= limit

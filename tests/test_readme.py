@@ -43,27 +43,74 @@ def test_small_things_are_small():
     assert all(len(m.body) == 1 for m in methods)
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- table:(\w+) -->", README))
-def test_tables_shown_are_the_results(name):
-    """Every number of a table in the README stands in the CSV that the benchmark wrote."""
+def shown(name):
+    """The rows of a table of the README, as lists of cells, and its header's."""
     lines = re.search(rf"<!-- table:{name} -->\n\n((?:\|.*\n)+)", README)
     assert lines is not None, "no table follows the marker"
-    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open(encoding="utf-8")))
-    shown = [line.strip("| ").split("|") for line in lines[1].splitlines()[2:]]
-    assert len(shown) >= 8  # of the many rows of the CSV the table may leave some out
-    for cells in shown:
-        label, *values = (cell.strip() for cell in cells)
-        kind = "real" if label.startswith("real") else label
-        mine = [row for row in rows if row["sampler"] == kind]
-        if name == "overhead":
-            expected = [f"{float(v):.2f}" for k, v in mine[0].items() if k.startswith("ratio")]
-            assert [v for v in values if re.fullmatch(r"[\d.]+", v)][-2:] == expected
-        else:
-            means = {}
-            for row in mine:
-                means.setdefault(row["budget"], []).append(float(row["distance"]))
-            expected = [f"{statistics.mean(v):.3g} ± {statistics.stdev(v):.2g}" for v in means.values()]
-            assert [v for v in values if v] == expected
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines[1].splitlines())
+    return header, rows
+
+
+def results(name):
+    return list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open(encoding="utf-8")))
+
+
+def test_the_table_of_distances_is_the_results():
+    """Every number of a table in the README stands in the CSV that the benchmark wrote, here and below."""
+    rows = results("nfe_vs_fid_digits")
+    _, table = shown("nfe_vs_fid_digits")
+    assert len(table) >= 8  # of the many rows of the CSV the table may leave some out
+    for label, *values in table:
+        means = {}
+        for row in rows:
+            if row["sampler"] == ("real" if label.startswith("real") else label):
+                means.setdefault(int(row["budget"]), []).append(float(row["distance"]))
+        expected = [f"{statistics.mean(v):.3g} ± {statistics.stdev(v):.2g}" for _, v in sorted(means.items())]
+        assert [v for v in values if v] == expected, label
+
+
+def test_the_table_of_overheads_is_the_results():
+    rows = {row["sampler"]: row for row in results("peers_overhead")}
+    _, table = shown("peers_overhead")
+    assert len(table) >= 20
+    for label, *values in table:
+        row = rows[label]
+        ratios = [f"{float(v):.2f}" for k, v in row.items() if k.startswith("ratio")]
+        assert values == [row["evaluations a step"], row["draws an evaluation"], *ratios]
+
+
+def test_the_table_of_peers_is_the_results():
+    rows = [row for row in results("peers") if row["problem"] == "digits64" and row["budget"] != "0"]
+    header, table = shown("peers")
+    sides = {
+        "best of the peers": ("peers",),
+        "best of the peers, on our grids too": ("peers", "peers on our grids"),
+        "sdekit, best on fixed grids": ("ours",),
+        "sdekit, calibrated": ("calibrated",),
+    }
+    assert set(sides) <= {label for label, *_ in table}
+    for label, *values in table:
+        sampler, _, grid = label.removeprefix("sdekit ").partition(", ")
+        for budget, value in zip(header[1:], values, strict=True):
+            mine = [r for r in rows if r["budget"] == budget]
+            if label in sides:
+                mine = [r for r in mine if r["side"] in sides[label]]
+            else:
+                mine = [r for r in mine if (r["sampler"], r["grid"]) == (sampler, grid)]
+            errors = [float(r["error"]) for r in mine if r["error"] != "nan"]
+            assert value == (f"{min(errors):.3g}" if errors else ""), (label, budget)
+
+
+def test_the_table_of_adaptive_methods_is_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import adaptive
+    from peers_figure import Entry
+
+    numbers = {"budget": int, "nfe": int, "nfe_per_sample": float, "error": float}
+    entries = [Entry(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in results("adaptive")]
+    printed = adaptive.table(adaptive.curves(entries)).splitlines()
+    lines = re.search(r"<!-- table:adaptive -->\n\n((?:\|.*\n)+)", README)
+    assert lines[1].splitlines() == printed
 
 
 def test_linked_files_exist():

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from sdekit.system import Levels
 
@@ -40,17 +39,18 @@ class Prediction(NamedTuple):
 
 
 # phi = r, 1, sqrt(1 + r^2), 1 + r. The unit v is (alpha eps - sigma x_0)/sqrt(alpha^2 + sigma^2); flow is eps - x_0,
-# the velocity of the rectified flow that every process becomes when x and time are scaled.
+# the velocity of the rectified flow that every process becomes when x and time are scaled. All by exp, log and sqrt:
+# torch computes these alike at every place of a batch, but not hypot, softplus and sigmoid.
 PREDICTIONS: dict[str, Prediction] = {
     "x0": Prediction(lambda lam: -lam, -1.0, lambda a, s: s**2 / a, lambda a, s: 1 / a),
     "eps": Prediction(torch.zeros_like, 1.0, lambda a, s: -s, lambda a, s: torch.zeros_like(s)),
     "v": Prediction(
-        lambda lam: softplus(-2 * lam) / 2,
+        lambda lam: torch.exp(-2 * lam).log1p() / 2,
         1.0,
-        lambda a, s: -s / a * torch.hypot(a, s),
-        lambda a, s: -s / a / torch.hypot(a, s),
+        lambda a, s: -s / a * (a * a + s * s).sqrt(),
+        lambda a, s: -s / a / (a * a + s * s).sqrt(),
     ),
-    "flow": Prediction(lambda lam: softplus(-lam), 1.0, lambda a, s: -s / a * (a + s), lambda a, s: -1 / a),
+    "flow": Prediction(lambda lam: torch.exp(-lam).log1p(), 1.0, lambda a, s: -s / a * (a + s), lambda a, s: -1 / a),
 }
 
 
@@ -58,7 +58,7 @@ PREDICTIONS: dict[str, Prediction] = {
 CLOCKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "half_log_snr": lambda system, lam: lam,
     "karras": lambda system, lam: torch.exp(-lam),
-    "flow": lambda system, lam: torch.sigmoid(-lam),
+    "flow": lambda system, lam: 1 / (1 + torch.exp(lam)),
     "t": lambda system, lam: system.sde.inverse_half_log_snr(lam.reshape(-1)).reshape(lam.shape),
 }
 
@@ -82,12 +82,16 @@ def grid_levels(system: Any, times: list[float]) -> Levels:
     return lv
 
 
-def integrand(kind: Prediction, churn: float, start: Levels, end: Levels) -> Integrand:
-    """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,)."""
+def integrand(kind: Prediction, churn: float, start: Levels, end: Levels, points: int | None = None) -> Integrand:
+    """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,).
+
+    ``points`` of quadrature: as many as the largest step needs, unless given.
+    """
     k, lam_s = 1 + churn**2, end.lam[:, None]
     h = lam_s - start.lam[:, None]
-    points, weights = _QUADRATURE[8 if k * float(h.detach().abs().max()) <= 0.5 else 24]
-    at, dlam = start.lam[:, None] + h * points, h * weights
+    points = points or (8 if k * float(h.detach().abs().max()) <= 0.5 else 24)
+    nodes, weights = _QUADRATURE[points]
+    at, dlam = start.lam[:, None] + h * nodes, h * weights
     log_phi, log_phi_s = kind.log_phi(at), kind.log_phi(lam_s)
     kernel = -k * kind.b * end.alpha[:, None] * torch.exp(k * (log_phi_s - log_phi) - log_phi - at) * dlam
     linear = end.alpha / start.alpha * torch.exp(k * (kind.log_phi(end.lam) - kind.log_phi(start.lam)))
@@ -109,7 +113,7 @@ def interpolate(kernel: Tensor, at: Tensor, nodes: Tensor) -> Tensor:
     away = [at - node for node in nodes[..., None].unbind(1)]
     before = accumulate(away[:-1], torch.mul, initial=kernel)
     after = [*accumulate(away[:0:-1], torch.mul)][::-1]
-    integrals = torch.stack([(b * a).sum(1) for b, a in zip_longest(before, after, fillvalue=_ONE)], dim=1)
+    integrals = torch.stack([b * a for b, a in zip_longest(before, after, fillvalue=_ONE)], dim=1).sum(2)
     apart = nodes[:, :, None] - nodes[:, None, :] + torch.eye(nodes.shape[1], dtype=torch.float64)
     return integrals / apart.prod(2)
 

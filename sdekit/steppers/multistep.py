@@ -187,7 +187,7 @@ def tabulate(
     if again:
         wanted.append(_start(n, again, lag))
     step, newest, use = map(torch.cat, zip(*wanted, strict=True))
-    kernel, at = torch.cat([p.kernel, g.kernel])[step[:, 0]], torch.cat([p.at, g.at])[step[:, 0]]
+    kernel, at = (torch.cat(both).index_select(0, step[:, 0]) for both in ((p.kernel, g.kernel), (p.at, g.at)))
     # A node that is not used is put at infinity, where it leaves the polynomial alone.
     nodes = torch.where(use, place[(newest - lag).clamp_min(0)], FAR * (1 + lag))
     ahead, *more = (use * interpolate(kernel, at, nodes)).split([len(rows) for rows, _, _ in wanted])
