@@ -32,7 +32,7 @@ def test_main_job_end_to_end(quick, tmp_path, capsys):
     assert "Fréchet distance (digits features); 64 samples per entry" in printed
     assert "FID" not in printed
     rows = list(csv.DictReader((tmp_path / "nfe_vs_fid_digits.csv").open(encoding="utf-8")))
-    assert len(rows) == 2 * (1 + 2 * 3 + 1 + 2)  # seeds x (floor, two samplers in three columns, a clipped one, adaptive)
+    assert len(rows) == 2 * (1 + 2 * 3 + 1 + 2)  # seeds x (floor, two in three columns, a clipped one, adaptive)
     for row in rows:
         if row["sampler"].startswith("dpmpp_2m"):
             assert row["nfe"] == row["budget"]
