@@ -1,5 +1,6 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
+from sdekit.adaptive_samplers import ode_sample, sde_sample
 from sdekit.brownian import BrownianPath
 from sdekit.calibrate import calibrate
 from sdekit.calibration import Calibration, load_calibration
@@ -10,7 +11,7 @@ from sdekit.noise import Noise
 from sdekit.pretrained import load_pretrained
 from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
 from sdekit.reverse import Reverse
-from sdekit.samplers import SAMPLERS, Sampler, ode_sample, pc_sample, sample
+from sdekit.samplers import SAMPLERS, Sampler, pc_sample, sample
 from sdekit.score import as_score
 from sdekit.sde import SDE
 from sdekit.solution import Solution, SolverError
@@ -49,6 +50,7 @@ __all__ = [
     "ode_sample",
     "pc_sample",
     "sample",
+    "sde_sample",
     "solve",
     "static_threshold",
     "step_rule",

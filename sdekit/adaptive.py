@@ -34,6 +34,9 @@ class Method(Protocol):
     def time(self, u: Tensor) -> Tensor:
         """t at u."""
 
+    def step(self, u: Tensor, h: Tensor, direction: float) -> Tensor:
+        """The step to take from u where one of h is wanted: at most h, and 0 where there is none."""
+
     def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:
         """The first state, a first step size for each sample, and the evaluations that they took."""
 
@@ -81,7 +84,7 @@ def adaptive(
         u_aim = clock[aim]
         left = (u_aim - u).abs()
         last = h >= left * (1 - 1e-10)  # no sliver is left over for another step
-        used = torch.where(last, left, h)
+        used = torch.where(last, left, method.step(u, h, direction))
         u_new = torch.where(last, u_aim, u + direction * used)
         y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
         nfe += method.evaluations
@@ -106,7 +109,7 @@ def adaptive(
         aim = aim + landed
         result[run], reached[run] = y, u
         done = aim == n
-        stuck = ~done & (h <= 4 * torch.finfo(h.dtype).eps * u.abs().clamp_min(1e-30))
+        stuck = ~done & (method.step(u, h, direction) <= 4 * torch.finfo(h.dtype).eps * u.abs().clamp_min(1e-30))
         for i in run[stuck].tolist():
             status[i] = "step_underflow"
         if callback is not None:

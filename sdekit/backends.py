@@ -1,7 +1,6 @@
 """Other people's solvers behind the same call: the same system in, the same Solution out."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,16 +45,16 @@ def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, at
 
 
 class _Flat:
-    """A system for torchsde: state (B, d), increasing time. Decreasing time is  tau = grid[0] - t."""
+    """A system on [t, s] for torchsde: state (B, d), increasing time tau = |t - t_0|."""
 
     noise_type, sde_type = "diagonal", "ito"
 
-    def __init__(self, system: System, x: Tensor, grid: Tensor) -> None:
-        self.system, self.shape, self.grid = system, x.shape, grid
-        self.sign = 1.0 if grid[-1] > grid[0] else -1.0
+    def __init__(self, system: System, shape: torch.Size, ends: Tensor) -> None:
+        self.system, self.shape, self.ends = system, shape, ends
+        self.sign = 1.0 if ends[-1] > ends[0] else -1.0
 
     def _t(self, tau: Tensor) -> float:
-        return _inside(float(self.grid[0]) + self.sign * float(tau), self.grid)
+        return _inside(float(self.ends[0]) + self.sign * float(tau), self.ends)
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         return self.sign * self.system.drift(y.reshape(self.shape), self._t(tau)).reshape(y.shape)
@@ -65,16 +64,16 @@ class _Flat:
 
 
 class _Path(torchsde.BaseBrownian):
-    """Keyed noise as torchsde's Brownian motion: increments of successive intervals, asked for in order."""
+    """A noise source as torchsde's Brownian motion: the increment of the step from t to s, which is all it asks for."""
 
-    def __init__(self, noise: Any, x: Tensor) -> None:
+    def __init__(self, noise: Any, x: Tensor, t: float, s: float) -> None:
         super().__init__()
-        self._noise, self._like = noise, x
+        self._noise, self._like, self._step = noise, x, (t, s)
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
         if return_U or return_A or tb is None:
             raise ValueError("torchsde methods that need more than the path's increments are not supported here")
-        return self._noise.increment(float(ta), float(tb)).reshape(self.shape)
+        return self._noise.increment(*self._step).reshape(self.shape)
 
     def __repr__(self) -> str:
         return "sdekit's keyed noise"
@@ -86,10 +85,12 @@ class _Path(torchsde.BaseBrownian):
 
 
 def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
-    flat, y = _Flat(system, x, grid), x.reshape(x.shape[0], -1)
-    taus = (grid - grid[0]).abs().tolist()
-    for start, end in pairwise(taus):  # its steps have one length: one call per interval
-        y = torchsde.sdeint(flat, y, [start, end], bm=_Path(noise, x), method=method, dt=end - start)[-1]
+    y = x.reshape(x.shape[0], -1)
+    for ends in grid.unfold(0, 2, 1):  # its steps have one length: one call per interval
+        t, s = ends.tolist()
+        noise.enter(t, s)
+        flat, path, h = _Flat(system, x.shape, ends), _Path(noise, x, t, s), abs(s - t)
+        y = torchsde.sdeint(flat, y, [0.0, h], bm=path, method=method, dt=h)[-1]
     return y.reshape(x.shape)
 
 

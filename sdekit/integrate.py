@@ -45,6 +45,7 @@ def integrate(
     error: Tensor | float | None = math.nan if estimate else None  # until a step has been corrected
     step, pairs = rule.step, pairwise(times)
     for k, (t, s) in enumerate(bar(pairs, progress, steps) if progress else pairs, start=1):
+        noise.enter(t, s)
         x, state = step(system, x, t, s, noise, state)
         if error is not None and (correction := rule.correction(state)) is not None:  # type: ignore[misc]
             n = system.at(t, x)

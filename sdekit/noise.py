@@ -1,9 +1,11 @@
-"""Keyed noise: every random number is a function of (seed, sample, purpose, its place in the sequence)."""
+"""Keyed noise: every random number is a function of (seed, sample, purpose, interval, draw within it)."""
 
+import hashlib
 import math
 import secrets
+import struct
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +13,23 @@ from torch import Tensor
 
 from sdekit import _checks
 
-# One stream per purpose: drawing more of one never moves another.
-_PURPOSES = {"prior": 0, "path": 1, "probe": 2, "perturb": 3, "data": 4}
-_BLOCK = 256  # numbers drawn by a sample's generator at a time, at least; part of what a seed means
+_SHARE = 256  # numbers that one call of the generator makes, at least; part of what a seed means
+_INCREMENT = np.random.PCG64DXSM(0).state["state"]["inc"]
 
 
 class Noise:
     """Standard normal numbers for a batch, sample by sample.
 
-    Row i is drawn by a generator of its own, keyed by (seed, ids[i], purpose), so a sample's noise
-    does not depend on the batch that it is drawn in. The global generator is neither read nor moved. No two
-    samples share a generator (for ids below 2^32), though torch's CPU generator takes 32 bits of seed only.
-    The same seed gives the same numbers on devices of the same type and in the same dtype.
+    The numbers of sample ids[i] are a function of (seed, ids[i], ``purpose``), the interval last entered and how many
+    draws came before in it: not of the batch, nor of what was drawn in other intervals. So a run may be cut into
+    batches, spread over processes or taken up again in the middle, and draws the same. They are made on the CPU by
+    NumPy's PCG64DXSM, set for each draw to a state that is a BLAKE2b hash of all these, and moved to the device (from
+    pinned memory, so that nobody waits): every device has the same numbers, bit for bit; another dtype, or another
+    version of NumPy's normals, may have others. No global generator is read or moved.
 
     ``like``: a tensor (B, *event) that gives shape, dtype and device. ``seed``: a whole number >= 0,
-    or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1).
+    or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1). ``purpose``: draws for one
+    never move those for another; solvers' noise is "path", beside "prior", "probe", "perturb" and "data".
     Raises TypeError or ValueError for a seed or ids that cannot be used.
     """
 
@@ -36,29 +40,45 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        self._like, self._ids = like.new_empty(0, *like.shape[1:]), ids  # no view: it would keep like alive
-        self._key = int(np.random.SeedSequence(seed, spawn_key=(_PURPOSES[purpose],)).generate_state(1, np.uint64)[0])
-        # Small events are drawn many at a time: one call per sample and block, not per sample and step.
-        self._block = max(1, _BLOCK // like[0].numel())
-        self._next = self._block
+        self._event, self._dtype, self._device = like.shape[1:], like.dtype, like.device
+        # Small events are drawn many at a time: one call serves some neighbouring ids.
+        self._share = max(1, _SHARE // max(1, self._event.numel()))
+        chunks = dict.fromkeys(i // self._share for i in ids)
+        first = {chunk: k * self._share for k, chunk in enumerate(chunks)}
+        rows = [first[i // self._share] + i % self._share for i in ids]
+        in_order = rows == list(range(rows[0], rows[0] + len(rows))) if rows else True
+        self._rows: Any = slice(rows[0], rows[-1] + 1) if rows and in_order else rows  # a slice is no copy
+        key = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=16).digest()
+        self._keys = [hashlib.blake2b(key + struct.pack("<Q", chunk), digest_size=16) for chunk in chunks]
+        self._size = (len(self._keys) * self._share, *self._event)
+        self._drawn_as = np.float64 if self._dtype is torch.float64 else np.float32
+        self._bits = np.random.PCG64DXSM(0)
+        self._generator = np.random.Generator(self._bits)
+        self.enter(0.0, 0.0)
 
-    @cached_property
-    def _generators(self) -> list[torch.Generator]:  # made by the first draw, which many a solver never makes
-        return [torch.Generator(self._like.device).manual_seed(_sample_key(self._key, i)) for i in self._ids]
-
-    @cached_property
-    def _drawn(self) -> Tensor:
-        with torch.inference_mode(False):  # it is written to whatever the mode of a later draw
-            return self._like.new_empty(len(self._ids), self._block, *self._like.shape[1:])
+    def enter(self, t: float, s: float) -> None:
+        """The draws that follow are those of the step from t to s, from its first on. Loops call it, rules draw."""
+        self._interval, self._drawn = (t, s), 0
 
     def normal(self) -> Tensor:
-        """The next standard normal tensor, (B, *event)."""
-        if self._next == self._block:
-            for row, generator in zip(self._drawn, self._generators, strict=True):
-                row.normal_(generator=generator)
-            self._next = 0
-        self._next += 1
-        return self._drawn[:, self._next - 1].clone()  # the block is overwritten by the next one
+        """The next standard normal tensor of the interval, (B, *event)."""
+        place = struct.pack("<ddq", *self._interval, self._drawn)
+        self._drawn += 1
+        drawn = np.empty(self._size, dtype=self._drawn_as)
+        for k in range(len(self._keys)):
+            self._fill(drawn[k * self._share : (k + 1) * self._share], k, place)
+        z = torch.from_numpy(drawn[self._rows])
+        if self._device.type == "cuda":
+            z = z.pin_memory()  # from elsewhere the host would wait for the copy
+        return z.to(self._device, self._dtype, non_blocking=True)
+
+    def _fill(self, out: Any, chunk: int, place: bytes) -> None:
+        """Standard normals of the chunk of that number, as a function of the place."""
+        key = self._keys[chunk].copy()
+        key.update(place)
+        state: Any = {"state": int.from_bytes(key.digest(), "little"), "inc": _INCREMENT}
+        self._bits.state = {"bit_generator": "PCG64DXSM", "state": state, "has_uint32": 0, "uinteger": 0}
+        self._generator.standard_normal(dtype=out.dtype, out=out)
 
     def increment(self, t: float, s: float) -> Tensor:
         """The Brownian increment of the next interval, W_s - W_t ~ N(0, |s - t|), (B, *event)."""
@@ -69,8 +89,3 @@ class Noise:
         dW = self.increment(t, s)
         rest = self.normal().mul_((s - t) * abs(s - t) ** 0.5 / math.sqrt(12))
         return dW, rest.add_(dW, alpha=(s - t) / 2)
-
-
-def _sample_key(key: int, i: int) -> int:
-    """A 64-bit key whose low half, all that a CPU generator reads, is a bijection of i: no birthday collisions."""
-    return (key >> 32 << 32) | ((key + i * 0x9E3779B1) & 0xFFFFFFFF)

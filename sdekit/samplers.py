@@ -1,4 +1,4 @@
-"""Samplers: named compositions of a step rule, a noise level and a grid. No numerics here."""
+"""Fixed-grid samplers: named compositions of a step rule, a noise level and a grid. No numerics here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit import _checks, backends
+from sdekit import _checks
 from sdekit.calibration import Calibration
 from sdekit.grids import Grid, make_grid
 from sdekit.noise import Noise
 from sdekit.sde import SDE
-from sdekit.solution import Callback, SolverError
-from sdekit.solve import ADAPTIVE, solve
+from sdekit.solution import Callback
+from sdekit.solve import ADAPTIVE, ADAPTIVE_SDE, solve
 from sdekit.steppers import (
     RULES,
     StepRule,
@@ -152,7 +152,7 @@ def sample(
     times = make_grid(sde, (sde.grid or row.grid) if grid is None else grid, steps)
     if nfe is not None and len(times) - 1 > most:
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
-    x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     noise = Noise(x, seed, ids)
     return solve(system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback).x
 
@@ -194,46 +194,6 @@ def pc_sample(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def ode_sample(
-    sde: SDE,
-    score: Score,
-    shape: Sequence[int],
-    *,
-    method: str = "rk45",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    denoise: bool = True,
-    seed: int | None = None,
-    x_T: Tensor | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool = False,
-    callback: Callback | None = None,
-    ids: Sequence[int] | None = None,
-) -> Tensor:
-    """Samples of shape (B, *event) by the probability flow from T to t_min, solved adaptively.
-
-    ``method``: "rk45" or "rk23" (embedded Runge-Kutta pairs), or "adams" (a multistep method in half log-SNR, by far
-    the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2 in 17, 1e-4 in 38), with
-    tolerances ``rtol`` and ``atol`` and step sizes per sample; or a back-end's adaptive one (``backends.ADAPTIVE``:
-    "torchdiffeq:dopri5", "scipy:DOP853", ...), whose error and steps are those of the batch as a whole, so that a
-    sample depends on its batch. Everything else as in :func:`sample`.
-    Raises SolverError, which carries the partial solution, where a sample cannot reach t_min.
-    """
-    _checks.instance(sde)
-    _checks.lookup({**dict.fromkeys(ADAPTIVE), **backends.ADAPTIVE}, method, "adaptive method")
-    system = sde.probability_flow(score)
-    times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
-    x = _start(sde, score, shape, times, seed, x_T, device, dtype, ids)
-    solution = solve(
-        system, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback
-    )
-    if not solution.success:
-        raise SolverError(solution)
-    return solution.x
-
-
 def _sampler(sampler: Any) -> Sampler:
     if isinstance(sampler, Sampler):
         return sampler
@@ -243,6 +203,8 @@ def _sampler(sampler: Any) -> Sampler:
         return Sampler(as_rule(sampler))
     if sampler in ADAPTIVE:
         raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use ode_sample(..., method={sampler!r})")
+    if sampler == ADAPTIVE_SDE:
+        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use sde_sample")
     return _checks.lookup(SAMPLERS, sampler, "sampler")
 
 
@@ -254,7 +216,7 @@ def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
     return (nfe - int(denoise) - rule.extra) // max(1, rule.evaluations)
 
 
-def _start(
+def start(
     sde: SDE,
     score: Score,
     shape: Sequence[int],
@@ -265,6 +227,7 @@ def _start(
     dtype: torch.dtype | None,
     ids: Sequence[int] | None,
 ) -> Tensor:
+    """Where a sampler starts: x_T, as it is to be, or a draw from the prior at the first time."""
     size = _checks.event_shape(shape)
     _checks.floating(dtype)
     if x_T is None:

@@ -10,14 +10,17 @@ from torch import Tensor
 from sdekit import _checks, backends
 from sdekit.adams import Adams
 from sdekit.adaptive import MAX_NFE, adaptive
+from sdekit.brownian import BrownianPath
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
 from sdekit.rungekutta import TABLEAUS, RungeKutta
 from sdekit.solution import Callback, Solution
+from sdekit.sra import SRA1
 from sdekit.steppers import RULES, StepRule, as_rule
 from sdekit.system import System
 
-ADAPTIVE = (*TABLEAUS, "adams")
+ADAPTIVE = (*TABLEAUS, "adams")  # for ODEs
+ADAPTIVE_SDE = "adaptive_sra1"
 
 
 def solve(
@@ -44,8 +47,9 @@ def solve(
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
     step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)), "rk23" (Bogacki-Shampine 3(2)), or, for
     a probability flow, "adams" (:class:`sdekit.adams.Adams`), which needs by far the fewest evaluations down to errors
-    of 1e-5; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
-    (``backends.METHODS``), whose steps are the whole batch's.
+    of 1e-5; or, for an SDE, "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian path; or a back-end and its
+    method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the
+    whole batch's.
     ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
     (default 100,000), a final denoising counted.
     ``noise``: the source of randomness: :class:`Noise`, or a :class:`BrownianPath`, of which euler_maruyama, heun, rk4
@@ -66,7 +70,7 @@ def solve(
         system.at(float(times[-1]), x)  # raises where the system has no score
     if keep:
         keep = _checks.count(keep, "keep", minimum=2)
-    if estimate and (method in ADAPTIVE or (isinstance(method, str) and ":" in method)):
+    if estimate and (method in (*ADAPTIVE, ADAPTIVE_SDE) or (isinstance(method, str) and ":" in method)):
         raise ValueError(
             f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
         )
@@ -76,22 +80,24 @@ def solve(
             raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
         solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise or Noise(x))
         return _denoised(system, solution, float(times[-1])) if denoise else solution
-    if method in ADAPTIVE:
-        if system.churn:
-            raise ValueError(f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use a step rule")
+    if method in (*ADAPTIVE, ADAPTIVE_SDE):
+        if system.churn and method != ADAPTIVE_SDE:
+            raise ValueError(
+                f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use {ADAPTIVE_SDE} or a step rule"
+            )
         limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8 + denoise) - denoise
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
-            _adaptive_method(str(method), system, rtol, atol), x, ends, max_nfe=limit, keep=bool(keep),
-            progress=progress, callback=callback,
+            _adaptive_method(str(method), system, rtol, atol, x, times, noise), x, ends, max_nfe=limit,
+            keep=bool(keep), progress=progress, callback=callback,
         )  # fmt: skip
         system.settle()
         return _denoised(system, solution, float(times[-1])) if denoise else solution
     if max_nfe is not None:
         raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")
     if isinstance(method, str):
-        method = _checks.lookup(RULES, method, f"method (besides {', '.join(ADAPTIVE)})")
+        method = _checks.lookup(RULES, method, f"method (besides {', '.join((*ADAPTIVE, ADAPTIVE_SDE))})")
     rule = as_rule(method)
     return integrate(
         system, rule, x, times, noise or Noise(x), keep=keep, denoise=denoise, estimate=estimate, progress=progress,
@@ -99,9 +105,16 @@ def solve(
     )  # fmt: skip
 
 
-def _adaptive_method(name: str, system: Any, rtol: float, atol: float) -> Adams | RungeKutta:
+def _adaptive_method(
+    name: str, system: Any, rtol: float, atol: float, x: Tensor, times: Tensor, noise: Noise | None
+) -> Adams | RungeKutta | SRA1:
     if name == "adams":
         return Adams(system, rtol, atol)
+    if name == ADAPTIVE_SDE:
+        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]))
+        if not isinstance(path, BrownianPath):
+            raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
+        return SRA1(system, rtol, atol, path)
     return RungeKutta(lambda y, t, run: system.drift(y, t), rtol, atol, TABLEAUS[name])
 
 

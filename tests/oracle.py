@@ -113,6 +113,9 @@ class UnitNoise:
     def __init__(self):
         self.draws, self.rows = 0, 0
 
+    def enter(self, t, s):
+        pass
+
     def normal(self):
         out = torch.zeros(self.rows, dtype=torch.float64)
         out[self.draws + 1] = 1.0

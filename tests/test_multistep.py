@@ -19,6 +19,9 @@ from tests.conftest import gaussian_score
 class Silent:
     """Noise that is zero: what is left is the rule's mean."""
 
+    def enter(self, t, s):
+        pass
+
     def normal(self):
         return torch.zeros(1, dtype=torch.float64)
 

@@ -13,10 +13,28 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(event, dtype):
     whole = Noise(torch.empty(6, *event, dtype=dtype), 5)
     one = Noise(torch.empty(1, *event, dtype=dtype), 5, ids=[4])
     some = Noise(torch.empty(3, *event, dtype=dtype), 5, ids=[4, 1, 0])
-    for _ in range(300):  # across several blocks
-        z = whole.normal()
-        assert torch.equal(one.normal()[0], z[4])
-        assert torch.equal(some.normal(), z[[4, 1, 0]])
+    for k in range(20):
+        for source in (whole, one, some):
+            source.enter(0.5, k / 40)
+        for _ in range(3):
+            z = whole.normal()
+            assert torch.equal(one.normal()[0], z[4])
+            assert torch.equal(some.normal(), z[[4, 1, 0]])
+
+
+def test_a_draw_belongs_to_its_interval():
+    """Whatever was drawn before in other intervals; forwards and backwards, and each draw within, are others."""
+    like, intervals = torch.empty(3, 5), [(0.9, 0.5), (0.5, 0.1), (0.5, 0.9), (0.1, 0.1 + 1e-16)]
+    first, again = Noise(like, 7), Noise(like, 7)
+    found = {}
+    for ends in intervals:
+        first.enter(*ends)
+        found[ends] = [first.normal() for _ in range(3)]
+    for ends in intervals[::-1]:
+        again.enter(*ends)
+        assert all(torch.equal(again.normal(), z) for z in found[ends][:2])
+    rows = torch.cat([z for draws in found.values() for z in draws])
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 def test_seeds_purposes_samples_and_draws_are_distinct():
@@ -29,10 +47,13 @@ def test_seeds_purposes_samples_and_draws_are_distinct():
 
 
 def test_no_two_samples_of_a_batch_share_a_stream():
-    """torch's CPU generator reads 32 bits of its seed: hashed keys would collide among 100,000 samples."""
+    """Not among 100,000, and not where one call draws for several of them; nor do ids wrap at 2^32."""
     x = Noise(torch.empty(100_000, 2), 1).normal()
     assert len(x.unique(dim=0)) == 100_000
     assert torch.equal(Noise(torch.empty(1, 2), 1, ids=[99_999]).normal()[0], x[-1])
+    far = Noise(torch.empty(3, 2), 1, ids=[5, 5 + 2**32, 5 + 2**40]).normal()
+    assert len(far.unique(dim=0)) == 3
+    assert torch.equal(far[0], x[5])
 
 
 def test_law_of_normals_and_increments():

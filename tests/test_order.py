@@ -97,34 +97,6 @@ def test_noisy_ddim_refuses_to_run_forwards(digits64):
     torch.testing.assert_close(back, torch.ones_like(back), rtol=0, atol=0.05)  # encoding and back
 
 
-def test_strong_order_on_a_shared_path():
-    """PITFALL 14: the reverse SDE on one Brownian path refined; Euler-Maruyama is of strong order 1 there."""
-    from tests.conftest import gaussian_score
-
-    sde, paths, finest = VPSDE(), 400, 1024
-    rng = np.random.default_rng(0)
-    dW = torch.from_numpy(rng.normal(size=(finest, paths)) * (0.8 / finest) ** 0.5)
-
-    class Path:
-        """Sums of one path's finest increments, asked for interval by interval."""
-
-        def __init__(self, n):
-            self.sums = iter(dW.reshape(n, finest // n, paths).sum(1))
-
-        def increment(self, t, s):
-            return next(self.sums)
-
-    x = 0.5 * torch.from_numpy(rng.normal(size=paths))
-    for system, grid_ends in ((sde, (0.1, 0.9)), (sde.reverse(gaussian_score(sde, 0.5)), (0.9, 0.1))):
-        for rule, order in (("euler_maruyama", 1.0), ("heun", 1.0), ("rk4", 1.0)):
-            ends = {
-                n: solve(system, x, torch.linspace(*grid_ends, n + 1, dtype=torch.float64), rule, noise=Path(n)).x
-                for n in (32, 64, 128, finest)
-            }
-            errors = [float((ends[n] - ends[finest]).square().mean().sqrt()) for n in (32, 64, 128)]
-            assert slope((32, 64, 128), errors) > order - 0.15, (rule, grid_ends, errors)
-
-
 def test_reference_errors_on_digits64(digits64):
     """EDM's Euler and Heun on its own grid, start and budget: the numbers of an independent NumPy run, to 1e-6."""
     from sdekit import sample

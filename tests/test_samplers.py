@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import SAMPLERS, VPSDE, GaussianMixture, Sampler, ode_sample, pc_sample, sample
+from sdekit import SAMPLERS, VPSDE, GaussianMixture, Noise, Sampler, ode_sample, pc_sample, sample, solve
 from sdekit.grids import make_grid
 from sdekit.steppers import RULES, ddim
 from tests import oracle
@@ -54,14 +54,25 @@ def test_standard_deviation_on_gaussian_data(named, call):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_is_the_same_alone_and_in_any_batch(named, name):
-    """PITFALLS 12, 23: for every sampler; alone, permuted, and with a given start."""
+    """PITFALLS 12, 23: for every sampler; alone, permuted, in chunks, and with a given start."""
     score = gaussian_score(named, 0.5)
     whole = sample(named, score, (6, 2, 3), name, steps=12, seed=7)
-    for ids in ([0], [4], [5, 2, 0]):
+    for ids in ([0], [4], [5, 2, 0], [0, 1, 2], [3, 4, 5]):
         assert torch.equal(sample(named, score, (len(ids), 2, 3), name, steps=12, seed=7, ids=ids), whole[ids])
     x_T = named.prior_sample((6, 2, 3), seed=9)
     whole = sample(named, score, (6, 2, 3), name, steps=12, seed=7, x_T=x_T)
     assert torch.equal(sample(named, score, (1, 2, 3), name, steps=12, seed=7, x_T=x_T[3:4], ids=[3])[0], whole[3])
+
+
+@pytest.mark.parametrize("name", ["euler_maruyama", "reverse_diffusion", "ancestral", "heun_sde", "pc", "ddim", "rk4"])
+def test_a_run_is_taken_up_again_in_the_middle(named, name):
+    """A rule without a history goes on from a state that was kept, with the noise that it would have had."""
+    row, score = SAMPLERS[name], gaussian_score(named, 0.5)
+    system, grid = named.reverse(score, row.churn), make_grid(named, "karras", 12)
+    x_T = named.prior_sample((3, 2), seed=9)
+    whole = solve(system, x_T, grid, row.rule, noise=Noise(x_T, 7), keep=13).trajectory.x
+    part = solve(system, whole[5], grid[5:], row.rule, noise=Noise(x_T, 7)).x
+    assert torch.equal(part, whole[-1])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -31,6 +31,7 @@ def test_edm_is_algorithm_2(digits64):
     ours = solve(sde.probability_flow(mixture.score(sde)), x, grid, edm(churn, low, high, inflate), noise=Noise(x, 5)).x
     y = x.numpy()
     for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        noise.enter(t, s)
         gamma = min(churn / n, math.sqrt(2) - 1) if low <= t <= high else 0.0
         raised = t * (1 + gamma)
         if gamma:
@@ -121,6 +122,9 @@ def test_noise_of_the_user_is_left_alone_and_edm_runs_backwards_only():
 
     class Path:
         z = torch.ones(2, dtype=torch.float64)
+
+        def enter(self, t, s):
+            pass
 
         def normal(self):
             return self.z

@@ -18,7 +18,8 @@ class StepRule:
 
     ``system`` has drift(x, t) and diffusion(t); a reverse system has also predict(x, t) -> (x0, eps),
     score(x, time) and at(t, x), the process at t. t and s are Python floats, in either direction.
-    ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s). ``state`` is None at first and whatever
+    ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s), and was told of the step by the loop
+    (``enter``): as many draws as a rule likes, all of them that step's own. ``state`` is None at first and whatever
     the rule returned after; it is handed on from step to step and used once, since rules may change it in place.
 
     ``evaluations``: network evaluations of one step, at most; ``extra``: those that a whole run adds, whatever its
