@@ -1,6 +1,8 @@
 """Other people's solvers behind the same call: the same system in, the same Solution out."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torchsde
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from sdekit.noise import Noise
 from sdekit.solution import SUCCESS, Solution, full
 from sdekit.system import System
 
@@ -45,35 +48,42 @@ def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, at
 
 
 class _Flat:
-    """A system on [t, s] for torchsde: state (B, d), increasing time tau = |t - t_0|."""
+    """A system for torchsde on one interval: state (B, d), time tau = |u - t| from 0 to |s - t|.
 
-    noise_type, sde_type = "diagonal", "ito"
+    In decreasing time  dx = -drift dtau + diffusion dW: its noise is W_s - W_t, the increment of our step rules.
+    """
 
-    def __init__(self, system: System, shape: torch.Size, ends: Tensor) -> None:
-        self.system, self.shape, self.ends = system, shape, ends
-        self.sign = 1.0 if ends[-1] > ends[0] else -1.0
+    def __init__(self, system: System, like: Tensor, t: float, s: float, sde_type: str) -> None:
+        self.system, self.shape, self.ends, self.sde_type = system, like.shape, (t, s), sde_type
+        self.noise_type = "general" if system.noise_type == "general" else "diagonal"  # its additive wants a matrix
+        self.sign = 1.0 if s > t else -1.0
 
     def _t(self, tau: Tensor) -> float:
-        return _inside(float(self.ends[0]) + self.sign * float(tau), self.ends)
+        return _inside(self.ends[0] + self.sign * float(tau), self.ends)
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         return self.sign * self.system.drift(y.reshape(self.shape), self._t(tau)).reshape(y.shape)
 
     def g(self, tau: Tensor, y: Tensor) -> Tensor:
-        return y.new_full(y.shape, float(self.system.diffusion(self._t(tau))))
+        g = self.system.diffusion_at(y.reshape(self.shape), self._t(tau))
+        if self.noise_type == "general":
+            return g.reshape(*y.shape, -1)
+        return torch.as_tensor(g).to(y).expand(self.shape).reshape(y.shape)
 
 
 class _Path(torchsde.BaseBrownian):
-    """A noise source as torchsde's Brownian motion: the increment of the step from t to s, which is all it asks for."""
+    """The noise's increment from t to s, for a method that asks for that of its whole interval and for nothing else."""
 
-    def __init__(self, noise: Any, x: Tensor, t: float, s: float) -> None:
+    def __init__(self, noise: Any, like: Tensor, t: float, s: float) -> None:
         super().__init__()
-        self._noise, self._like, self._step = noise, x, (t, s)
+        self._noise, self._like, self._ends = noise, like, (t, s)
 
     def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
-        if return_U or return_A or tb is None:
-            raise ValueError("torchsde methods that need more than the path's increments are not supported here")
-        return self._noise.increment(*self._step).reshape(self.shape)
+        dW = self._noise.increment(*self._ends)
+        if dW.shape != self._like.shape:
+            shape, got = tuple(self._like.shape), tuple(dW.shape)
+            raise ValueError(f"noise must be made for a tensor {shape}, as Noise(x.new_empty{shape}) is, not {got}")
+        return dW.reshape(self.shape)
 
     def __repr__(self) -> str:
         return "sdekit's keyed noise"
@@ -84,13 +94,32 @@ class _Path(torchsde.BaseBrownian):
     levy_area_approximation = property(lambda self: "none")
 
 
+# Torchsde's methods that ask for the increments of successive intervals alone, and whose integral they take.
+_SDE_TYPES = {
+    "euler": "ito",
+    "milstein": "ito",
+    "heun": "stratonovich",
+    "midpoint": "stratonovich",
+    "euler_heun": "stratonovich",
+}
+GENERAL = "torchsde:euler (Ito), or torchsde:heun, torchsde:midpoint or torchsde:euler_heun (Stratonovich)"
+
+
 def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
-    y = x.reshape(x.shape[0], -1)
-    for ends in grid.unfold(0, 2, 1):  # its steps have one length: one call per interval
-        t, s = ends.tolist()
+    """One call per interval, one step each. Strong order 1, but for euler on diagonal and all on general noise 1/2."""
+    like = x
+    if system.noise_type == "general":
+        if method == "milstein":
+            raise ValueError(f"torchsde:milstein takes additive or diagonal noise; for general noise use {GENERAL}")
+        like = x.new_empty(x.shape[0], system.diffusion_at(x, float(grid[0])).shape[-1])
+    noise, y = noise or Noise(like), x.reshape(x.shape[0], -1)
+    for t, s in pairwise(grid.tolist()):
         noise.enter(t, s)
-        flat, path, h = _Flat(system, x.shape, ends), _Path(noise, x, t, s), abs(s - t)
-        y = torchsde.sdeint(flat, y, [0.0, h], bm=path, method=method, dt=h)[-1]
+        flat, path = _Flat(system, x, t, s, _SDE_TYPES[method]), _Path(noise, like, t, s)
+        # dt: to the interval's end in one step, however both are rounded. grad_free: of milstein, whose derivatives
+        # would keep a graph through all steps.
+        ends, options = torch.tensor([0.0, abs(s - t)], dtype=y.dtype), {"grad_free": True}
+        y = torchsde.sdeint(flat, y, ends, bm=path, method=method, dt=math.inf, options=options)[-1]
     return y.reshape(x.shape)
 
 
@@ -98,8 +127,7 @@ class GaveUpError(Exception):
     """A back-end's own solver failed."""
 
 
-# Those that choose their steps themselves, and those that take the grid's. torchsde's other methods ask for more of
-# the Brownian path than increments of successive intervals.
+# Those that choose their steps themselves, and those that take the grid's.
 ADAPTIVE = {
     **{f"torchdiffeq:{m}": _torchdiffeq for m in ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")},
     **{f"scipy:{m}": _scipy for m in ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")},
@@ -107,7 +135,7 @@ ADAPTIVE = {
 METHODS: dict[str, Callable[..., Tensor]] = {
     **ADAPTIVE,
     **{f"torchdiffeq:{m}": _torchdiffeq for m in ("euler", "midpoint", "heun3", "rk4")},
-    "torchsde:euler": _torchsde,
+    **{f"torchsde:{m}": _torchsde for m in _SDE_TYPES},
 }
 
 
@@ -147,7 +175,7 @@ def _needs_ode(system: System, name: str) -> None:
         raise ValueError(f"{name} integrates ODEs: it needs churn = 0, got {system.churn:g}; torchsde takes noise")
 
 
-def _inside(t: float, grid: Tensor) -> float:
+def _inside(t: float, grid: Tensor | tuple[float, float]) -> float:
     """A back-end's time, a float32 rounding or a probe step beyond the ends brought back to them."""
     low, high = sorted((float(grid[0]), float(grid[-1])))
     return min(max(t, low), high)

@@ -17,7 +17,7 @@ from sdekit.rungekutta import TABLEAUS, RungeKutta
 from sdekit.solution import Callback, Solution
 from sdekit.sra import SRA1
 from sdekit.steppers import RULES, StepRule, as_rule
-from sdekit.system import System
+from sdekit.system import NOISE_TYPES, System
 
 ADAPTIVE = (*TABLEAUS, "adams")  # for ODEs
 ADAPTIVE_SDE = "adaptive_sra1"
@@ -42,18 +42,22 @@ def solve(
     """Integrate ``system`` from x at grid[0] to grid[-1].
 
     ``system``: an SDE (its forward equation), ``sde.reverse(score)``, ``sde.probability_flow(score)``, or
-    anything with drift and diffusion. ``x``: (B, *event). ``grid``: monotone times; forwards in time too,
-    except against the noise of a reverse SDE.
+    any :class:`System` with drift and diffusion, whose ``noise_type`` says whether the diffusion depends on x.
+    ``x``: (B, *event). ``grid``: monotone times; forwards in time too, except against the noise of a reverse SDE.
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
     step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)), "rk23" (Bogacki-Shampine 3(2)), or, for
     a probability flow, "adams" (:class:`sdekit.adams.Adams`), which needs by far the fewest evaluations down to errors
     of 1e-5; or, for an SDE, "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian path; or a back-end and its
     method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the
     whole batch's.
+    Where the diffusion depends on x, euler_maruyama, milstein, rk4, torchsde:euler and torchsde:milstein solve Ito's
+    equation, heun and torchsde's other methods Stratonovich's; sra1 and adaptive_sra1 refuse, and general noise is
+    torchsde's alone.
     ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
     (default 100,000), a final denoising counted.
-    ``noise``: the source of randomness: :class:`Noise`, or a :class:`BrownianPath`, of which euler_maruyama, heun, rk4
-    and sra1 take increments (other rules draw exact noise of their own kind); fresh unless given.
+    ``noise``: the source of randomness: :class:`Noise`, or a :class:`BrownianPath`, of which euler_maruyama, milstein,
+    heun, rk4, sra1 and torchsde's methods take increments (other rules draw exact noise of their own kind); fresh
+    unless given. Made for x; for general noise for a tensor (B, m).
     ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps onto each of those
     times, which costs evaluations.
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
@@ -65,6 +69,7 @@ def solve(
     """
     x = _checks.state(x)
     times = _monotone(grid, system)
+    _checks.lookup(NOISE_TYPES, system.noise_type, "noise_type")
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
     if denoise:
         system.at(float(times[-1]), x)  # raises where the system has no score
@@ -78,8 +83,10 @@ def solve(
         backend = _checks.lookup(backends.METHODS, method, "method")
         if keep or callback is not None or max_nfe is not None or progress:
             raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
-        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise or Noise(x))
+        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise)
         return _denoised(system, solution, float(times[-1])) if denoise else solution
+    if system.churn and system.noise_type == "general":
+        raise ValueError(f"step rules take additive or diagonal noise; for general noise use {backends.GENERAL}")
     if method in (*ADAPTIVE, ADAPTIVE_SDE):
         if system.churn and method != ADAPTIVE_SDE:
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from sdekit.adaptive import State
 from sdekit.brownian import BrownianPath
 from sdekit.solution import rms
+from sdekit.steppers.drift import require_additive
 from sdekit.system import expand
 
 
@@ -21,6 +22,7 @@ class SRA1:
     rejected is taken again, shorter, on the noise that it was rejected for: drawn anew, large increments would be
     thrown away and the law be another (Rackauckas & Nie 2017). Steps end at dyadic fractions of the path's interval,
     where the path is cheap to know (Gaines & Lyons 1997). Two evaluations an attempt. Roessler 2010 for the scheme.
+    Raises ValueError for noise that is not additive.
     """
 
     system: Any
@@ -31,6 +33,9 @@ class SRA1:
     evaluations = 2
     safety = 0.8
     limits = (0.2, 4.0)
+
+    def __post_init__(self) -> None:
+        require_additive(self.system, "adaptive_sra1")
 
     def clock(self, t: Tensor) -> Tensor:
         """The fraction of the path's interval."""

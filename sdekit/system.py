@@ -11,6 +11,13 @@ from torch import Tensor
 Time = float | Tensor
 Score = Callable[[Tensor, Any], Tensor]  # (x, t) -> grad log p_t(x), like x; t is 0-d or (B,)
 
+# Torchsde's words for what the diffusion depends on, and the form that it has then.
+NOISE_TYPES = {
+    "additive": "diffusion(t), a number or a tensor of t's shape",
+    "diagonal": "diffusion(x, t), like x",
+    "general": "diffusion(x, t) of shape (B, *event, m)",
+}
+
 
 def float64(device: torch.device) -> torch.dtype:
     """The widest dtype of a device: Apple's mps has no float64."""
@@ -55,8 +62,14 @@ def expand(c: Tensor, x: Tensor) -> Tensor:
 
 
 class System:
-    """Anything a solver can integrate: ``dx = drift(x, t) dt + diffusion(t) dW``, in either direction of time."""
+    """Anything a solver can integrate: ``dx = drift(x, t) dt + diffusion dW``, in either direction of time.
 
+    ``noise_type``: "additive": the diffusion is diffusion(t). "diagonal": diffusion(x, t), like x, whose entry i
+    depends on x_i alone (and on t), times dW_i. "general": the matrix diffusion(x, t) of shape (B, *event, m) times m
+    noises, for the back-end torchsde only. With the last two the step rule says whether dW is Ito's or Stratonovich's.
+    """
+
+    noise_type: str = "additive"
     churn: float = 1.0  # 0 means that diffusion is zero and no noise need be drawn
     nfe: int = 0  # network evaluations so far
     backwards_only: bool = False  # True where the equation means something in decreasing time alone
@@ -70,9 +83,27 @@ class System:
         """The drift, like x."""
         raise NotImplementedError(f"{type(self).__name__} needs drift(x, t)")
 
-    def diffusion(self, t: Time) -> Any:
-        """The diffusion: a number, or a tensor of t's shape."""
-        raise NotImplementedError(f"{type(self).__name__} needs diffusion(t)")
+    def diffusion(self, *args: Any, **kwargs: Any) -> Any:
+        """The diffusion, of the arguments and the shape that go with ``noise_type`` (NOISE_TYPES)."""
+        raise NotImplementedError(f"{type(self).__name__} needs {NOISE_TYPES[self.noise_type]}")
+
+    def diffusion_at(self, x: Tensor, t: Time) -> Any:
+        """The diffusion at (x, t), whatever the noise type: what a step rule multiplies an increment by.
+
+        Raises TypeError for a diffusion of other arguments, ValueError for one of another shape than the noise type's.
+        """
+        try:
+            if self.noise_type == "additive":
+                return self.diffusion(t)
+            g = self.diffusion(x, t)
+        except TypeError as error:
+            raise TypeError(f"noise_type {self.noise_type!r} means {NOISE_TYPES[self.noise_type]}: {error}") from error
+        got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+        if got[: x.ndim] != tuple(x.shape) or len(got) - x.ndim != (self.noise_type == "general"):
+            raise ValueError(
+                f"noise_type {self.noise_type!r} means {NOISE_TYPES[self.noise_type]}; got {got} for x {tuple(x.shape)}"
+            )  # what broadcasts would go wrong without a word
+        return g
 
     def at(self, t: Time, x: Tensor) -> Any:
         """The process at t, for step rules on alpha, sigma and the score; only a reverse system has one."""

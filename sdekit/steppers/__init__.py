@@ -2,7 +2,7 @@
 
 from sdekit.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay, step_rule
 from sdekit.steppers.ddim import ddim
-from sdekit.steppers.drift import euler_maruyama, heun, reverse_diffusion, rk4, sra1
+from sdekit.steppers.drift import euler_maruyama, heun, milstein, reverse_diffusion, rk4, sra1
 from sdekit.steppers.langevin import langevin
 from sdekit.steppers.multistep import multistep
 from sdekit.steppers.singlestep import edm, restart, singlestep
@@ -18,6 +18,7 @@ __all__ = [
     "euler_maruyama",
     "heun",
     "langevin",
+    "milstein",
     "multistep",
     "repeat",
     "restart",
@@ -33,6 +34,7 @@ __all__ = [
 RULES: dict[str, StepRule] = {
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
+    "milstein": milstein,
     "heun": heun,
     "rk4": rk4,
     "sra1": sra1,

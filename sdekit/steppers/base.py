@@ -16,14 +16,14 @@ Step: TypeAlias = Callable[[Any, Tensor, float, float, Any, Any], tuple[Tensor, 
 class StepRule:
     """One step from t to s:  ``x, state = rule(system, x, t, s, noise, state)``.
 
-    ``system`` has drift(x, t) and diffusion(t); a reverse system has also predict(x, t) -> (x0, eps),
+    ``system`` has drift(x, t) and diffusion_at(x, t); a reverse system has also predict(x, t) -> (x0, eps),
     score(x, time) and at(t, x), the process at t. t and s are Python floats, in either direction.
     ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s), and was told of the step by the loop
     (``enter``): as many draws as a rule likes, all of them that step's own. ``state`` is None at first and whatever
     the rule returned after; it is handed on from step to step and used once, since rules may change it in place.
 
     ``evaluations``: network evaluations of one step, at most; ``extra``: those that a whole run adds, whatever its
-    steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with noise.
+    steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with additive noise.
     ``noisy``: the rule draws noise of its own, even where the system's churn is 0.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).

@@ -1,53 +1,95 @@
-"""Rules on drift and diffusion: they integrate any system, SDE or ODE, forwards or backwards."""
+"""Rules on drift and diffusion: they integrate any system, SDE or ODE, forwards or backwards.
+
+From t to s the increment is dW = W_s - W_t, of variance |s - t|. Ito's integral looks at the diffusion where a step
+begins, so in decreasing time it is adapted to what came before in the direction of integration, at later times: its
+solution there is another than that of increasing time, and (dW)^2 stands for |h|. Stratonovich's is symmetric: a
+solution goes back along the path on which it came. For additive noise the two are one. Ito's equation
+dx = d dt + g dW is Stratonovich's with d - 1/2 g g' in increasing time, d + 1/2 g g' in decreasing time (g' = dg/dx).
+"""
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.func import jvp
 
 from sdekit.reverse import combine
 from sdekit.steppers.base import step_rule
 
 
+def require_additive(system: Any, name: str) -> None:
+    """Raises ValueError where the diffusion depends on x."""
+    if system.churn and system.noise_type != "additive":
+        raise ValueError(
+            f"{name} takes additive noise, diffusion(t), and {type(system).__name__} has noise_type "
+            f"{system.noise_type!r}; use milstein (Ito) or heun (Stratonovich)"
+        )
+
+
 @step_rule()
 def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-    """x_s = x + (s - t) drift(x, t) + diffusion(t) dW. Strong order 1 for additive noise; Euler on an ODE."""
+    """x_s = x + (s - t) drift + diffusion dW, both at (x, t). Ito; strong order 1 (diagonal noise 1/2)."""
     x_s = x.add(system.drift(x, t), alpha=s - t)
     if system.churn:
-        x_s = x_s + system.diffusion(t) * noise.increment(t, s)
+        x_s = x_s + system.diffusion_at(x, t) * noise.increment(t, s)
+    return x_s, state
+
+
+@step_rule()
+def milstein(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+    """x_s = x + h d + g dW + 1/2 g g' (dW^2 - |h|),  h = s - t, drift d and diffusion g at (x, t).
+
+    Ito, strong order 1 for additive and diagonal noise; Euler on an ODE. g g' is one derivative of diffusion(x, t)
+    along g; none is taken for additive noise, where this is Euler-Maruyama. dW^2 has the mean |h| in both directions of
+    time. Kloeden & Platen 1992, Numerical Solution of Stochastic Differential Equations, eq. 10.3.1.
+    """
+    h = s - t
+    x_s = x.add(system.drift(x, t), alpha=h)
+    if system.churn:
+        dW, g = noise.increment(t, s), system.diffusion_at(x, t)
+        x_s = x_s + g * dW
+        if system.noise_type != "additive":
+            slope = jvp(lambda y: system.diffusion_at(y, t), (x,), (g,))[1]
+            x_s = x_s.add_(slope * (dW**2 - abs(h)), alpha=0.5)
     return x_s, state
 
 
 @step_rule(evaluations=2, order=2, weak_order=2)
 def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-    """x' = x + h d_t + g_t dW,  x_s = x + h/2 (d_t + d'_s) + (g_t + g_s)/2 dW,  h = s - t, d = drift.
+    """x' = x + h d_t + g_t dW,  x_s = x + h/2 (d_t + d'_s) + (g_t + g'_s)/2 dW,  h = s - t, d = drift, g = diffusion.
 
-    Order 2 on an ODE (Karras et al. 2022, algorithm 1, is this with sigma_t = t); with noise the
-    stochastic Heun method, whose limit is the Stratonovich integral, the same as Ito's for diffusion(t).
+    Order 2 on an ODE (Karras et al. 2022, algorithm 1, is this with sigma_t = t). With noise the stochastic Heun method
+    (Ruemelin 1982, SIAM J. Numer. Anal. 19(3)), of strong order 1. For diagonal noise its limit is the Stratonovich
+    solution, in both directions of time the same path; for Ito's give it the drift d - 1/2 g dg/dx forwards in time,
+    d + 1/2 g dg/dx backwards, or use milstein.
     """
     h = s - t
-    d_t = system.drift(x, t)
-    x_s, y = x.add(d_t, alpha=h / 2), x.add(d_t, alpha=h)
+    y = x.add(system.drift(x, t), alpha=h)
     if system.churn:
-        dW, g_t, g_s = noise.increment(t, s), system.diffusion(t), system.diffusion(s)
-        x_s, y = x_s + (g_t + g_s) / 2 * dW, y + g_t * dW
-    return x_s.add_(system.drift(y, s), alpha=h / 2), state
+        dW = noise.increment(t, s)
+        y = y + system.diffusion_at(x, t) * dW
+    d_s = system.drift(y, s)
+    x_s = torch.lerp(x, y, 0.5).add_(d_s, alpha=h / 2)  # made last: above the memory that is given back, not below
+    if system.churn:
+        x_s = x_s + system.diffusion_at(y, s) / 2 * dW
+    return x_s, state
 
 
 @step_rule(evaluations=4, order=4, nodes=(0.5,))
 def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-    """The classical Runge-Kutta method on the drift, plus diffusion(t) dW: order 4 on an ODE, strong order 1
-    with noise.
+    """The classical Runge-Kutta method on the drift, plus diffusion dW at (x, t): order 4 on an ODE. With noise Ito, of
+    Euler-Maruyama's strong orders: 1 for additive, 1/2 for diagonal noise.
     """
     h = s - t
     m = t + 0.5 * (s - t)
-    k = system.drift(x, t)
-    total = k / 6  # grows as stages come, so that none need be kept
-    for c, u, weight in ((h / 2, m, 1 / 3), (h / 2, m, 1 / 3), (h, s, 1 / 6)):
-        k = system.drift(x.add(k, alpha=c), u)
-        total.add_(k, alpha=weight)
-    x_s = x.add(total, alpha=h)
+    y_2 = x.add(system.drift(x, t), alpha=h / 2)
+    y_3 = x.add(system.drift(y_2, m), alpha=h / 2)
+    y_4 = x.add(system.drift(y_3, m), alpha=h)
+    k_4 = system.drift(y_4, s)
+    # h/6 (k_1 + 2 k_2 + 2 k_3 + k_4) by the stages: the drifts that they came from need not be kept
+    x_s = (x / -3).add_(y_2, alpha=1 / 3).add_(y_3, alpha=2 / 3).add_(y_4, alpha=1 / 3).add_(k_4, alpha=h / 6)
     if system.churn:
-        x_s = x_s + system.diffusion(t) * noise.increment(t, s)
+        x_s = x_s + system.diffusion_at(x, t) * noise.increment(t, s)
     return x_s, state
 
 
@@ -57,8 +99,10 @@ def sra1(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
 
     J is the integral of W_u - W_t du over the step. Strong order 1.5 for additive noise, which that of a diffusion
     model and its reverse is; order 2 on an ODE. Roessler 2010, SIAM J. Numer. Anal. 48(3), scheme SRA1.
+    Raises ValueError for diagonal noise, diffusion(x, t).
     """
     h = s - t
+    require_additive(system, "sra1")
     d_t = system.drift(x, t)
     x_s, y = x.add(d_t, alpha=h / 3), x.add(d_t, alpha=0.75 * h)
     if system.churn:

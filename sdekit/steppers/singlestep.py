@@ -34,7 +34,6 @@ class Stage(NamedTuple):
     carry: float  # of the noise in the x before, by the linear part from there
     std: float
     uses: Sequence[int]
-    done: Sequence[int]  # predictions that no later stage uses
 
 
 # (c, uses): x at the fraction c of the step in half log-SNR, by the predictions of that number. Number 0 is made at the
@@ -83,10 +82,9 @@ def tabulate(
         step = integrand(kind, system.churn, start, at[j + 1])
         last = integrand(kind, system.churn, at[j], at[j + 1]) if system.churn and j else step
         weights = interpolate(step.kernel, to_clock(system, step.at), place[:, used]) * whole[:, used]
-        done = [i for i in range(j + 1) if not any(i in later for _, later in stages[j + 1 :])]
         numbers = (y.tolist() for y in (weights, last.linear, last.std))
         linear = scalars(step.linear, x)
-        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used), repeat(done)))
+        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used)))
     return zip(*columns, strict=True)
 
 
@@ -96,13 +94,11 @@ def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
 
 
 def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage]) -> Tensor:
-    predictions: dict[int, Tensor] = {}
+    predictions: list[Tensor] = []
     y, drawn = x, None
-    for j, (time, reach, linear, weights, carry, std, uses, done) in enumerate(stages):
-        predictions[j] = stored(y, system.score(y, time), reach)
+    for time, reach, linear, weights, carry, std, uses in stages:
+        predictions.append(stored(y, system.score(y, time), reach))
         y = weighted(x, linear, [predictions[i] for i in uses], weights)
-        for i in done:  # memory for the next
-            predictions.pop(i, None)
         if std:
             fresh = std * noise.normal()
             drawn = fresh if drawn is None else fresh.add_(drawn, alpha=carry)
