@@ -34,7 +34,7 @@ from peers_figure import OURS, Entry
 from sdekit import VPSDE, GaussianMixture, solve
 
 ERRORS = (1e-2, 1e-3, 1e-4)
-METHODS = ("adams", "rk45", "rk23", "scipy:RK45", "scipy:DOP853")
+METHODS = ("adams", "flow_rk23", "flow_rk45", "rk45", "rk23", "scipy:RK45", "scipy:DOP853")
 DPM_ADAPTIVE = "k-diffusion dpm_adaptive"
 K_DIFFUSION = [
     Entry("digits64", "peers", DPM_ADAPTIVE, "", 0, n, n, e) for n, e in ((39, 0.0106), (54, 0.0023), (93, 1.1e-4))

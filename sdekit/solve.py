@@ -13,13 +13,13 @@ from sdekit.adaptive import MAX_NFE, adaptive
 from sdekit.brownian import BrownianPath
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
-from sdekit.rungekutta import TABLEAUS, RungeKutta
+from sdekit.rungekutta import TABLEAUS, FlowRungeKutta, RungeKutta
 from sdekit.solution import Callback, Solution
 from sdekit.sra import SRA1
 from sdekit.steppers import RULES, StepRule, as_rule
 from sdekit.system import NOISE_TYPES, System
 
-ADAPTIVE = (*TABLEAUS, "adams")  # for ODEs
+ADAPTIVE = (*TABLEAUS, *(f"flow_{name}" for name in TABLEAUS), "adams")  # for ODEs
 ADAPTIVE_SDE = "adaptive_sra1"
 
 
@@ -45,11 +45,12 @@ def solve(
     any :class:`System` with drift and diffusion, whose ``noise_type`` says whether the diffusion depends on x.
     ``x``: (B, *event). ``grid``: monotone times; forwards in time too, except against the noise of a reverse SDE.
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
-    step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)), "rk23" (Bogacki-Shampine 3(2)), or, for
-    a probability flow, "adams" (:class:`sdekit.adams.Adams`), which needs by far the fewest evaluations down to errors
-    of 1e-5; or, for an SDE, "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian path; or a back-end and its
-    method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the
-    whole batch's.
+    step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)) and "rk23" (Bogacki-Shampine 3(2)); for
+    a probability flow also "flow_rk45" and "flow_rk23", the same in a frame where its linear part is exact
+    (:class:`sdekit.rungekutta.FlowRungeKutta`), and "adams" (:class:`sdekit.adams.Adams`), which needs by far the
+    fewest evaluations down to errors of 1e-5; for an SDE "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian
+    path; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
+    (``backends.METHODS``), whose steps are the whole batch's.
     Where the diffusion depends on x, euler_maruyama, milstein, rk4, torchsde:euler and torchsde:milstein solve Ito's
     equation, heun and torchsde's other methods Stratonovich's; sra1 and adaptive_sra1 refuse, and general noise is
     torchsde's alone.
@@ -122,6 +123,8 @@ def _adaptive_method(
         if not isinstance(path, BrownianPath):
             raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
         return SRA1(system, rtol, atol, path)
+    if name.startswith("flow_"):
+        return FlowRungeKutta(system, rtol, atol, TABLEAUS[name.removeprefix("flow_")])
     return RungeKutta(lambda y, t, run: system.drift(y, t), rtol, atol, TABLEAUS[name])
 
 
