@@ -52,6 +52,7 @@ class Noise:
         self._keys = [hashlib.blake2b(key + struct.pack("<Q", chunk), digest_size=16) for chunk in chunks]
         self._size = (len(self._keys) * self._share, *self._event)
         self._drawn_as = np.float64 if self._dtype is torch.float64 else np.float32
+        self._as_drawn = self._device.type == "cpu" and self._dtype in (torch.float32, torch.float64)
         self._bits = np.random.PCG64DXSM(0)
         self._generator = np.random.Generator(self._bits)
         self.enter(0.0, 0.0)
@@ -68,6 +69,9 @@ class Noise:
         for k in range(len(self._keys)):
             self._fill(drawn[k * self._share : (k + 1) * self._share], k, place)
         z = torch.from_numpy(drawn[self._rows])
+        return z if self._as_drawn else self._moved(z)
+
+    def _moved(self, z: Tensor) -> Tensor:
         if self._device.type == "cuda":
             z = z.pin_memory()  # from elsewhere the host would wait for the copy
         return z.to(self._device, self._dtype, non_blocking=True)

@@ -26,12 +26,17 @@ def require_additive(system: Any, name: str) -> None:
         )
 
 
+def plus(x: Tensor, g: Any, dW: Tensor) -> Tensor:
+    """x + g dW, in place and in one pass where g is a number; x is the caller's own."""
+    return x.add_(dW, alpha=g) if isinstance(g, float) else x + g * dW
+
+
 @step_rule()
 def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x_s = x + (s - t) drift + diffusion dW, both at (x, t). Ito; strong order 1 (diagonal noise 1/2)."""
     x_s = x.add(system.drift(x, t), alpha=s - t)
     if system.churn:
-        x_s = x_s + system.diffusion_at(x, t) * noise.increment(t, s)
+        x_s = plus(x_s, system.diffusion_at(x, t), noise.increment(t, s))
     return x_s, state
 
 
@@ -47,7 +52,7 @@ def milstein(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any)
     x_s = x.add(system.drift(x, t), alpha=h)
     if system.churn:
         dW, g = noise.increment(t, s), system.diffusion_at(x, t)
-        x_s = x_s + g * dW
+        x_s = plus(x_s, g, dW)
         if system.noise_type != "additive":
             slope = jvp(lambda y: system.diffusion_at(y, t), (x,), (g,))[1]
             x_s = x_s.add_(slope * (dW**2 - abs(h)), alpha=0.5)
@@ -67,11 +72,11 @@ def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
     y = x.add(system.drift(x, t), alpha=h)
     if system.churn:
         dW = noise.increment(t, s)
-        y = y + system.diffusion_at(x, t) * dW
+        y = plus(y, system.diffusion_at(x, t), dW)
     d_s = system.drift(y, s)
     x_s = torch.lerp(x, y, 0.5).add_(d_s, alpha=h / 2)  # made last: above the memory that is given back, not below
     if system.churn:
-        x_s = x_s + system.diffusion_at(y, s) / 2 * dW
+        x_s = plus(x_s, system.diffusion_at(y, s) / 2, dW)
     return x_s, state
 
 
@@ -89,7 +94,7 @@ def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> t
     # h/6 (k_1 + 2 k_2 + 2 k_3 + k_4) by the stages: the drifts that they came from need not be kept
     x_s = (x / -3).add_(y_2, alpha=1 / 3).add_(y_3, alpha=2 / 3).add_(y_4, alpha=1 / 3).add_(k_4, alpha=h / 6)
     if system.churn:
-        x_s = x_s + system.diffusion_at(x, t) * noise.increment(t, s)
+        x_s = plus(x_s, system.diffusion_at(x, t), noise.increment(t, s))
     return x_s, state
 
 
@@ -125,5 +130,5 @@ def reverse_diffusion(system: Any, x: Tensor, t: float, s: float, noise: Any, st
     v = n_t.sigma**2 * (1 - r) * (1 + r)
     x_s = combine(2 - a, x, 0.5 * (1 + system.churn**2) * v, system.score(x, n_t.time))
     if system.churn:
-        x_s = x_s + system.churn * v**0.5 * noise.normal()
+        x_s = plus(x_s, system.churn * v**0.5, noise.normal())
     return x_s, state
