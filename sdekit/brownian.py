@@ -74,7 +74,7 @@ class BrownianPath(Noise):
         return (self._low + (self._high - self._low) * fraction).clamp(self._low, self._high)
 
     def increment(self, t: float | Tensor, s: float | Tensor, rows: Tensor | None = None) -> Tensor:
-        """W_s - W_t, (B, *event); of the samples ``rows`` of the batch alone where given."""
+        """W_s - W_t, (B, *event); of the samples ``rows`` of the batch alone where given, each at most once."""
         return self.increment_and_integral(t, s, rows)[0]
 
     def increment_and_integral(
@@ -82,6 +82,8 @@ class BrownianPath(Noise):
     ) -> tuple[Tensor, Tensor]:
         """W_s - W_t and the integral of W_u - W_t du from t to s (negative du for s < t), each (B, *event)."""
         which = self._all if rows is None else rows.cpu().numpy()
+        if len(np.unique(which)) < len(which):  # a sample is at one node at a time
+            raise ValueError(f"rows must be different samples, got {which.tolist()}")
         if isinstance(t, float) and isinstance(s, float) and rows is None:
             (w_t, j_t), (w_s, j_s) = (self._known.get(time) or self._at(time, which) for time in (t, s))
             self._known = {t: (w_t, j_t), s: (w_s, j_s)}
@@ -164,8 +166,8 @@ class BrownianPath(Noise):
         child.area[some] = np.where(right, shared - n, shared + n)
 
     def _some(self, rows: Any) -> Any:
-        """Those samples as an index; a slice, which copies nothing, where they are all."""
-        return slice(None) if len(rows) == len(self._all) else rows
+        """Those samples as an index; a slice, which copies nothing, where they are all, in order."""
+        return slice(None) if np.array_equal(rows, self._all) else rows
 
     def _draw(self, level: int, index: Any, rows: Any) -> Any:
         """Two standard normals for every entry of those samples, (2, b, *event): those of one node each."""

@@ -53,6 +53,18 @@ def test_a_sample_has_its_own_path_alone_and_in_any_batch_and_dtype(event):
     assert not torch.equal(path(seed=1).increment(0.0, 1.0), path(seed=2).increment(0.0, 1.0))
 
 
+def test_times_and_rows_per_sample_are_those_of_the_whole():
+    """Every sample at times of its own, any of them, in any order and again."""
+    one, rng = path(), np.random.default_rng(2)
+    for rows in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [3], [2, 0]):
+        t, s = torch.from_numpy(rng.uniform(0, 2, (2, len(rows))))
+        w, j = one.increment_and_integral(t, s, torch.tensor(rows))
+        for k, i in enumerate(rows):
+            expected = path().increment_and_integral(float(t[k]), float(s[k]))
+            torch.testing.assert_close(w[k], expected[0][i], rtol=0, atol=0)
+            torch.testing.assert_close(j[k], expected[1][i], rtol=0, atol=1e-15)
+
+
 def test_law_of_increments_and_integrals():
     """Variances h, h^3/3 and covariance h^2/2 on dyadic and other times, independence of what does not overlap.
 
@@ -128,3 +140,5 @@ def test_bad_input_is_named():
         path().increment(0.0, 2.5)
     with pytest.raises(ValueError, match="seed must be at least 0"):
         path(seed=-1)
+    with pytest.raises(ValueError, match=r"rows must be different samples, got \[2, 2\]"):
+        path().increment(0.0, torch.tensor([0.5, 1.0]), torch.tensor([2, 2]))
