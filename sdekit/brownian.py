@@ -37,8 +37,8 @@ class BrownianPath(Noise):
     dyadic times are cheap. Memory: for each level that was reached, 4 arrays of the state's shape in float64.
 
     Each node is drawn as :class:`Noise` draws, in float64, with its place in the tree for the interval: sample ids[i]
-    has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws
-    that belong to no path, is Noise's: of the rules euler_maruyama, heun, rk4 and sra1 follow the path.
+    has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws that belong to
+    no path, is Noise's; euler_maruyama, milstein, heun, rk4, sra1, adaptive_sra1 and torchsde's methods follow it.
     Arguments as there; ``start`` and ``end`` in either order.
     Raises ValueError for times outside the interval and where start = end.
     """
