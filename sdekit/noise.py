@@ -40,6 +40,7 @@ class Noise:
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
+        self.shape = like.shape
         self._event, self._dtype, self._device = like.shape[1:], like.dtype, like.device
         # Small events are drawn many at a time: one call serves some neighbouring ids.
         self._share = max(1, _SHARE // max(1, self._event.numel()))

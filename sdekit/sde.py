@@ -143,30 +143,30 @@ class SDE(System):
     def inverse_half_log_snr(self, lam: Time) -> Tensor:
         """The time at which ``half_log_snr`` is lam, to rounding, in float64; whatever the process.
 
-        A table of times, then the secant method between two of them, with a bisection wherever it would leave them.
+        A table of times, then Newton's method between two of them, with a bisection wherever it would leave them.
         Raises ValueError where lam is not reached in [0, T].
         """
         device = lam.device if isinstance(lam, Tensor) else torch.device("cpu")
         lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
-        times = self.T * torch.cat([torch.zeros(1), torch.logspace(-30, 0, 512, dtype=torch.float64)])
-        table = self.half_log_snr(times)
+        first, last = self.half_log_snr(0.0), self.half_log_snr(self.T)
         slack = 1e-9 * (1 + lam.abs())
-        if bool((lam > table[0] + slack).any() or (lam < table[-1] - slack).any()):
-            ends = f"[{float(table[-1]):g}, {float(table[0]):g}]"
+        if bool((lam > first + slack).any() or (lam < last - slack).any()):
+            ends = f"[{float(last):g}, {float(first):g}]"
             raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {lam}")
-        i = torch.searchsorted(-table, -lam).clamp(2, len(times) - 1)
+        times = self.T * torch.logspace(-30, 0, 512, dtype=torch.float64)
+        table = self.half_log_snr(times)
+        i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)
         low, high = times[i - 1], times[i]
-        before, off_before = low, table[i - 1] - lam
-        t = low + (high - low) * (off_before / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
+        t = low + (high - low) * ((table[i - 1] - lam) / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
         done = torch.zeros_like(t, dtype=torch.bool)
         for _ in range(100):
-            off = self.half_log_snr(t) - lam
+            c = self.coefficients(t)
+            off = c.alpha.log() - c.sigma.log() - lam
             low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
-            secant = t - off * (t - before) / (off - off_before)
-            inside = (secant >= low) & (secant <= high)
-            before, off_before = t, off
-            t = torch.where(done, t, torch.where(inside, secant, (low + high) / 2))
-            done = done | (inside & (off.abs() < 1e-10)) | (high - low <= 1e-15 * high)
+            newton = t + off * 2 * c.sigma**2 / c.g2  # dlambda/dt = -g^2/(2 sigma^2)
+            inside = (newton >= low) & (newton <= high)
+            t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
+            done = done | (inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)
             if done.all():
                 break
         return t.to(device, float64(device))

@@ -80,6 +80,8 @@ def solve(
         raise ValueError(
             f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
         )
+    if isinstance(noise, Noise) and noise.shape != x.shape and system.noise_type != "general":
+        raise ValueError(f"noise must be made for x, {tuple(x.shape)}, not for a tensor {tuple(noise.shape)}")
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
         if keep or callback is not None or max_nfe is not None or progress:

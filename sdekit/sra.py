@@ -46,9 +46,10 @@ class SRA1:
         return self.path.time(u)
 
     def step(self, u: Tensor, h: Tensor, direction: float) -> Tensor:
-        """Up to the last multiple of 2^-k within h, where 2^-k is the largest such below h: more than half of h."""
+        """Up to the last multiple of 2^-k within h, where 2^-k is the largest such up to h; at least a quarter of h."""
         unit = torch.exp2((torch.frexp(h).exponent - 1).to(h))
         end = torch.floor((direction * u + h) / unit) * unit
+        end = torch.where(end - direction * u < unit / 2, end + unit / 2, end)  # u may lie just before a multiple
         return torch.where(unit < self.path.finest, 0.0, end - direction * u)
 
     def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:

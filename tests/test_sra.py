@@ -115,6 +115,15 @@ def test_any_additive_system_in_either_direction(ends):
     torch.testing.assert_close(found.x, fixed.x, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize(("keep", "ends"), [(33, (3.0, 0.1)), (129, (80.0, 0.002))])
+def test_a_time_a_rounding_beside_a_dyadic_one_is_no_end(keep, ends):
+    """From there the next dyadic time may be the same one; the step must be a real one."""
+    sde = NAMED["heat"]()
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    path = BrownianPath(x, 0, start=ends[0], end=ends[1])
+    assert solve(reverse(sde), x, ends, "adaptive_sra1", rtol=0.5, atol=0.5, keep=keep, noise=path).success
+
+
 def test_the_law_at_default_tolerances():
     """Standard deviation within 6 standard errors and 2 % of the exact one: a false alarm in 2e-9 of all runs."""
     sde, n = VPSDE(), 1500
@@ -128,6 +137,8 @@ def test_what_cannot_be_done_is_told():
     x = torch.zeros(2, 3)
     with pytest.raises(TypeError, match="adaptive_sra1 needs a BrownianPath for noise, got Noise"):
         solve(reverse(sde), x, [1.0, 0.1], "adaptive_sra1", noise=Noise(x, 0))
+    with pytest.raises(ValueError, match=r"noise must be made for x, \(2, 3\), not for a tensor \(1, 3\)"):
+        solve(reverse(sde), x, [1.0, 0.1], "euler_maruyama", noise=Noise(x[:1], 0))
     with pytest.raises(ValueError, match=r"no fixed steps; use sde_sample"):
         sample(sde, gaussian_score(sde), (2, 3), "adaptive_sra1")
     with pytest.raises(ValueError, match="estimate is for fixed-step rules"):
