@@ -12,6 +12,7 @@ import torchsde
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from sdekit import _checks
 from sdekit.noise import Noise
 from sdekit.solution import SUCCESS, Solution, full
 from sdekit.system import System
@@ -38,12 +39,17 @@ def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, at
 
     def rhs(t: float, y: np.ndarray) -> np.ndarray:
         state = torch.from_numpy(y).to(x).reshape(x.shape)
-        return system.drift(state, _inside(float(t), grid)).double().cpu().numpy().ravel()
+        dy = system.drift(state, _inside(float(t), grid))
+        if not _checks.finite(dy):  # RK45 would go on for ever, LSODA call it a success
+            raise GaveUpError(f"the drift is not finite at t = {t:g}")
+        return dy.double().cpu().numpy().ravel()
 
     ends = (float(grid[0]), float(grid[-1]))
     out = solve_ivp(rhs, ends, x.double().cpu().numpy().ravel(), method=method, rtol=rtol, atol=atol)
     if not out.success:
         raise GaveUpError(out.message)
+    if not np.isfinite(out.y[:, -1]).all():
+        raise GaveUpError("the state is not finite")
     return torch.from_numpy(out.y[:, -1].copy()).to(x).reshape(x.shape)
 
 
@@ -65,10 +71,12 @@ class _Flat:
         return self.sign * self.system.drift(y.reshape(self.shape), self._t(tau)).reshape(y.shape)
 
     def g(self, tau: Tensor, y: Tensor) -> Tensor:
+        if not self.system.churn:
+            return torch.zeros_like(y)
         g = self.system.diffusion_at(y.reshape(self.shape), self._t(tau))
         if self.noise_type == "general":
             return g.reshape(*y.shape, -1)
-        return torch.as_tensor(g).to(y).expand(self.shape).reshape(y.shape)
+        return torch.as_tensor(g, dtype=y.dtype, device=y.device).expand(self.shape).reshape(y.shape)
 
 
 class _Path(torchsde.BaseBrownian):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sdekit.noise import Noise
 
-_DEPTH = 24  # halvings of the interval; two times within one leaf, 2^-24 of it, are not told apart exactly
-_BITS = 40  # a time is taken to 2^-40 of the interval
+_DEPTH = 40  # halvings of the interval at most: a time is taken to 2^-40 of it
 
 
 class _Node(NamedTuple):
@@ -33,8 +32,9 @@ class BrownianPath(Noise):
     steps, their number and the order in which they are asked for, so that errors of two step sizes can be compared path
     by path, and a step that is rejected and taken again does not change the law. Times are floats, or one per sample.
     The path is a tree of bridges between dyadic times (Levy's construction; with the space-time integral as in Foster,
-    Lyons & Oberhauser 2020): a query costs the draws of those of 24 levels that the last one did not pass, so that
-    dyadic times are cheap. Memory: for each level that was reached, 4 arrays of the state's shape in float64.
+    Lyons & Oberhauser 2020): a query costs the draws of those of 40 levels that the last one did not pass, so that
+    dyadic times are cheap. A time is rounded to 2^-40 of the interval. Memory: for each level that was reached, 4
+    arrays of the state's shape in float64.
 
     Each node is drawn as :class:`Noise` draws, in float64, with its place in the tree for the interval: sample ids[i]
     has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws that belong to
@@ -67,7 +67,7 @@ class BrownianPath(Noise):
 
     def fraction(self, t: Tensor) -> Tensor:
         """What share of the interval lies below t. Raises ValueError for a time outside."""
-        return torch.from_numpy(self._fraction(t)).to(t)
+        return torch.as_tensor(self._fraction(t)).to(t)
 
     def time(self, fraction: Tensor) -> Tensor:
         """t of a fraction, never a rounding beyond the ends."""
@@ -94,23 +94,23 @@ class BrownianPath(Noise):
         return self._like_x(w_s - w_t), self._like_x(j_s - j_t - h * w_t)
 
     def _like_x(self, y: Any) -> Tensor:
-        return torch.from_numpy(y).to(self._dtype).to(self._device)
+        return torch.from_numpy(y).to(self.dtype).to(self._device)
 
     def _at(self, t: float | Tensor, rows: Any) -> tuple[Any, Any]:
         """W and its integral from the lower end to t, for those samples."""
         span = self._high - self._low
         # Rounded, so that the times of a dyadic grid are nodes.
-        u = np.broadcast_to(np.round(self._fraction(t) * 2.0**_BITS) / 2.0**_BITS, rows.shape)
+        u = np.broadcast_to(np.round(self._fraction(t) * 2.0**_DEPTH) / 2.0**_DEPTH, rows.shape)
         w, j = np.empty((2, len(rows), *self._event))
         todo = np.arange(len(rows))
         for level in itertools.count():  # from the root, so that a node's bits do not depend on the way there
             node, h, at = self._tree[level], span * 0.5**level, rows[todo]
             f = u[todo] * 2.0**level - node.index[at]
-            there = (f == 0.0) | (f == 1.0) | (level == _DEPTH)
+            there = (f == 0.0) | (f == 1.0)  # at level 40 at the latest
             if there.any():
                 if there.all() and len(todo) == len(rows):
-                    return self._inside(node, h, f, at, u)
-                w[todo[there]], j[todo[there]] = self._inside(node, h, f[there], at[there], u[todo[there]])
+                    return self._end(node, h, f, at)
+                w[todo[there]], j[todo[there]] = self._end(node, h, f[there], at[there])
                 todo, at, f = todo[~there], at[~there], f[~there]
             if not len(todo):
                 return w, j
@@ -124,21 +124,12 @@ class BrownianPath(Noise):
             raise ValueError(f"the path is known on [{self._low:g}, {self._high:g}], asked for at t = {wrong:g}")
         return np.clip(u, 0.0, 1.0)
 
-    def _inside(self, node: _Node, h: float, f: Any, rows: Any, u: Any) -> tuple[Any, Any]:
-        """At the fraction f of an interval of length h: its ends as they are, else by the exact law of W given the
-        leaf (its share of the integral is below rounding).
-        """
+    def _end(self, node: _Node, h: float, f: Any, rows: Any) -> tuple[Any, Any]:
+        """W and its integral at the left (f = 0) or right end (f = 1) of an interval of length h."""
         some = self._some(rows)
         w, j, dw, area = (y[some] for y in node[1:])
         x = _expand(f, w)
-        w_f = w + x * dw + 6 * x * (1 - x) * area
-        j_f = j + h * (x * w + x**2 / 2 * dw + (3 - 2 * x) * x**2 * area)
-        between = (f > 0) & (f < 1)
-        if between.any():
-            z = self._draw(_DEPTH + 1, (u[between] * 2.0**_BITS).astype(np.int64), rows[between])[0]
-            x = x[between]
-            w_f[between] += np.sqrt(np.maximum(0.0, h * x * (1 - x) * (1 - 3 * x * (1 - x)))) * z
-        return w_f, j_f
+        return w + x * dw, j + x * h * (w + dw / 2 + area)
 
     def _halve(self, level: int, h: float, rows: Any, right: Any) -> None:
         """The next level's node of those samples: one half of this level's. With H = (1/h) integral of the bridge
@@ -171,10 +162,10 @@ class BrownianPath(Noise):
 
     def _draw(self, level: int, index: Any, rows: Any) -> Any:
         """Two standard normals for every entry of those samples, (2, b, *event): those of one node each."""
-        keys, which = np.unique((self._chunk[rows] << _BITS + 1) + index, return_inverse=True)
+        keys, which = np.unique((self._chunk[rows] << _DEPTH + 1) + index, return_inverse=True)
         blocks = np.empty((len(keys), self._share, 2, *self._event))  # neighbours at one node share one
         for block, key in zip(blocks, keys.tolist(), strict=True):
-            self._fill(block, key >> _BITS + 1, struct.pack("<qq", level, key % 2 ** (_BITS + 1)))
+            self._fill(block, key >> _DEPTH + 1, struct.pack("<qq", level, key % 2 ** (_DEPTH + 1)))
         return blocks[which, self._place[rows]].swapaxes(0, 1)
 
 

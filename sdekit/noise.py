@@ -23,25 +23,30 @@ class Noise:
     The numbers of sample ids[i] are a function of (seed, ids[i], ``purpose``), the interval last entered and how many
     draws came before in it: not of the batch, nor of what was drawn in other intervals. So a run may be cut into
     batches, spread over processes or taken up again in the middle, and draws the same. They are made on the CPU by
-    NumPy's PCG64DXSM, set for each draw to a state that is a BLAKE2b hash of all these, and moved to the device (from
-    pinned memory, so that nobody waits): every device has the same numbers, bit for bit; another dtype, or another
-    version of NumPy's normals, may have others. No global generator is read or moved.
+    NumPy's PCG64DXSM, set for each draw to a state that is a BLAKE2b hash of all these, and moved to the device (a
+    GPU's from pinned memory): every device has the same numbers; another dtype, or another version of NumPy's normals,
+    may have others. No global generator is read or moved.
 
     ``like``: a tensor (B, *event) that gives shape, dtype and device. ``seed``: a whole number >= 0,
     or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1). ``purpose``: draws for one
     never move those for another; solvers' noise is "path", beside "prior", "probe", "perturb" and "data".
-    Raises TypeError or ValueError for a seed or ids that cannot be used.
+    Raises TypeError or ValueError for a like, a seed or ids that cannot be used.
     """
 
     def __init__(
         self, like: Tensor, seed: int | None = None, ids: Sequence[int] | None = None, *, purpose: str = "path"
     ) -> None:
+        _checks.floating(like.dtype, "like")
+        if like.ndim == 0:
+            raise ValueError("like must have shape (B, *event), got a 0-d tensor")
         seed = secrets.randbits(63) if seed is None else _checks.count(seed, "seed", minimum=0)
         ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
         if len(ids) != like.shape[0]:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        self.shape = like.shape
-        self._event, self._dtype, self._device = like.shape[1:], like.dtype, like.device
+        if ids and max(ids) >= 2**64:
+            raise ValueError(f"ids must be below 2^64, got {max(ids)}")
+        self.shape, self.dtype = like.shape, like.dtype
+        self._event, self._device = like.shape[1:], like.device
         # Small events are drawn many at a time: one call serves some neighbouring ids.
         self._share = max(1, _SHARE // max(1, self._event.numel()))
         chunks = dict.fromkeys(i // self._share for i in ids)
@@ -52,8 +57,8 @@ class Noise:
         key = hashlib.blake2b(f"{purpose} {seed}".encode(), digest_size=16).digest()
         self._keys = [hashlib.blake2b(key + struct.pack("<Q", chunk), digest_size=16) for chunk in chunks]
         self._size = (len(self._keys) * self._share, *self._event)
-        self._drawn_as = np.float64 if self._dtype is torch.float64 else np.float32
-        self._as_drawn = self._device.type == "cpu" and self._dtype in (torch.float32, torch.float64)
+        self._drawn_as = np.float64 if self.dtype is torch.float64 else np.float32
+        self._as_drawn = self._device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
         self._bits = np.random.PCG64DXSM(0)
         self._generator = np.random.Generator(self._bits)
         self.enter(0.0, 0.0)
@@ -75,7 +80,7 @@ class Noise:
     def _moved(self, z: Tensor) -> Tensor:
         if self._device.type == "cuda":
             z = z.pin_memory()  # from elsewhere the host would wait for the copy
-        return z.to(self._device, self._dtype, non_blocking=True)
+        return z.to(self._device, self.dtype, non_blocking=True)
 
     def _fill(self, out: Any, chunk: int, place: bytes) -> None:
         """Standard normals of the chunk of that number, as a function of the place."""

@@ -125,10 +125,9 @@ class FlowRungeKutta(RungeKutta):
     y = x/(alpha + sigma) = (1 - u) x_0 + u eps,  u = sigma/(alpha + sigma),  dy/du = E[eps - x_0 | x].
 
     What the flow has of alpha, sigma and linear terms is exact, and y and u are bounded, whatever the highest level.
-    Error and tolerances are those of y, which at the data is x. Of the frames (x/alpha, x/sigma,
-    x/sqrt(alpha^2 + sigma^2), this) and variables (log-SNR, sigma/alpha, the angle, this) that were measured it needs
-    the fewest evaluations on the digits mixture. Liu et al. 2023 for the flow. Raises TypeError for a system that has
-    no score.
+    Error and tolerances are those of y, which at the data is x. In float32 the velocity loses digits like eps/alpha(T):
+    below alpha(T) = 1e-5 use float64, or adams. Liu et al. 2023 for the flow. Raises TypeError for a system that has no
+    score.
     """
 
     def __init__(self, system: Any, rtol: float, atol: float, tableau: Tableau) -> None:
@@ -139,11 +138,12 @@ class FlowRungeKutta(RungeKutta):
         """u at the times t, of which the ends are remembered."""
         self._first, self._last = float(t.min()), float(t.max())
         lv = self.system.levels(t.cpu())
+        self._lam = float(lv.lam.min()), float(lv.lam.max())
         return lv.sigma / (lv.alpha + lv.sigma)
 
     def time(self, u: Tensor) -> Tensor:
         """t of u, never a rounding beyond the ends; on the CPU."""
-        lam = torch.log((1 - u) / u).cpu()
+        lam = torch.log((1 - u) / u).cpu().clamp(*self._lam)  # 1 - u has few digits left where alpha is small
         return self.system.sde.inverse_half_log_snr(lam).clamp(self._first, self._last)
 
     def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:

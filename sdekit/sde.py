@@ -149,10 +149,11 @@ class SDE(System):
         device = lam.device if isinstance(lam, Tensor) else torch.device("cpu")
         lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
         first, last = self.half_log_snr(0.0), self.half_log_snr(self.T)
-        slack = 1e-9 * (1 + lam.abs())
-        if bool((lam > first + slack).any() or (lam < last - slack).any()):
-            ends = f"[{float(last):g}, {float(first):g}]"
-            raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {lam}")
+        slack = 1e-9 * (1 + lam.abs().nan_to_num(0.0, 0.0))
+        wrong = ~((lam <= first + slack) & (lam >= last - slack))  # so that NaN is wrong too
+        if bool(wrong.any()):
+            ends, got = f"[{float(last):g}, {float(first):g}]", float(lam[wrong].flatten()[0])
+            raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {got:g}")
         times = self.T * torch.logspace(-30, 0, 512, dtype=torch.float64)
         table = self.half_log_snr(times)
         i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)

@@ -80,8 +80,11 @@ def solve(
         raise ValueError(
             f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
         )
-    if isinstance(noise, Noise) and noise.shape != x.shape and system.noise_type != "general":
-        raise ValueError(f"noise must be made for x, {tuple(x.shape)}, not for a tensor {tuple(noise.shape)}")
+    if isinstance(noise, Noise):
+        fits = noise.shape == x.shape or system.noise_type == "general"  # the back-end knows what that needs
+        if not fits or noise.dtype != x.dtype:
+            made = f"{noise.dtype} {tuple(noise.shape)}"
+            raise ValueError(f"noise must be made for x, {x.dtype} {tuple(x.shape)}, not for a tensor {made}")
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
         if keep or callback is not None or max_nfe is not None or progress:
@@ -127,7 +130,8 @@ def _adaptive_method(
         return SRA1(system, rtol, atol, path)
     if name.startswith("flow_"):
         return FlowRungeKutta(system, rtol, atol, TABLEAUS[name.removeprefix("flow_")])
-    return RungeKutta(lambda y, t, run: system.drift(y, t), rtol, atol, TABLEAUS[name])
+    # t comes in float64, one per sample; a drift that multiplies by it must not make x one too
+    return RungeKutta(lambda y, t, run: system.drift(y, t).to(y), rtol, atol, TABLEAUS[name])
 
 
 def _denoised(system: Any, solution: Solution, t: float) -> Solution:

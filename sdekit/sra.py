@@ -22,7 +22,7 @@ class SRA1:
     rejected is taken again, shorter, on the noise that it was rejected for: drawn anew, large increments would be
     thrown away and the law be another (Rackauckas & Nie 2017). Steps end at dyadic fractions of the path's interval,
     where the path is cheap to know (Gaines & Lyons 1997). Two evaluations an attempt. Roessler 2010 for the scheme.
-    Raises ValueError for noise that is not additive.
+    Raises ValueError for noise that is not additive, and for a diffusion that differs over the event.
     """
 
     system: Any
@@ -36,6 +36,15 @@ class SRA1:
 
     def __post_init__(self) -> None:
         require_additive(self.system, "adaptive_sra1")
+        g = self._diffusion(self.path.time(torch.zeros((), dtype=torch.float64)))
+        if g.ndim:
+            raise ValueError(
+                f"adaptive_sra1 takes a diffusion(t) of t's shape, and that of {type(self.system).__name__} has the "
+                f"shape {tuple(g.shape)} at one t; use sra1 on a fixed grid"
+            )
+
+    def _diffusion(self, t: Tensor) -> Tensor:
+        return torch.as_tensor(self.system.diffusion(t) if self.system.churn else 0.0, dtype=t.dtype)
 
     def clock(self, t: Tensor) -> Tensor:
         """The fraction of the path's interval."""
@@ -63,9 +72,9 @@ class SRA1:
         t, s = self.time(u), self.time(u_new)
         dW, integral = self.path.increment_and_integral(t, s, run)
         h, mean = expand(s - t, y), integral / expand(s - t, y)
-        g_t, g_s = (expand(torch.as_tensor(self.system.diffusion(time)), y) for time in (t, s))
-        d_t = self.system.drift(y, t)
-        d = self.system.drift(y + 0.75 * h * d_t + 1.5 * g_s * mean, t + 0.75 * (s - t))
+        g_t, g_s = expand(self._diffusion(t), y), expand(self._diffusion(s), y)
+        d_t = self.system.drift(y, t).to(y)  # t is float64
+        d = self.system.drift(y + 0.75 * h * d_t + 1.5 * g_s * mean, t + 0.75 * (s - t)).to(y)
         lower = y + h * d_t + g_t * dW
         change = 2 / 3 * h * (d - d_t) + (g_s - g_t) * (dW - mean)
         y_new = lower + change

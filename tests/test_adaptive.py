@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import HeatODE, SolverError, System, ode_sample, solve
+from sdekit import VPSDE, HeatODE, SolverError, System, ode_sample, solve
 from sdekit.adams import Adams
 from sdekit.adaptive import adaptive
 from sdekit.rungekutta import TABLEAUS, RungeKutta
@@ -114,7 +114,7 @@ def test_counts_are_consistent(method, start, each):
     assert sizes[-1] < 4
     assert out.success
     assert out.hint == ""
-    assert out.t.tolist() == pytest.approx([1e-5] * 4, rel=1e-14)
+    assert out.t.tolist() == [1e-5] * 4
 
 
 def test_the_trajectory_hits_its_times_exactly():
@@ -245,8 +245,17 @@ def test_in_the_flow_frame_error_is_proportional_to_the_tolerance_and_cheap(digi
     assert max(ratios) < 10
 
 
+@pytest.mark.parametrize("method", ["flow_rk23", "flow_rk45", "adams"])
+def test_flow_methods_stand_next_to_no_signal(method):
+    """alpha(T) = 1e-11, where 1 - u has five digits left; data N(0, 1) stay where they are."""
+    sde = VPSDE(beta_max=100.0)
+    x = torch.tensor([[0.3, -1.2]], dtype=torch.float64)
+    out = solve(sde.probability_flow(gaussian_score(sde)), x, [sde.T, sde.t_min], method, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.x, x, rtol=0, atol=3e-4)
+
+
 @pytest.mark.parametrize("method", ["adams", "flow_rk23"])
-def test_flow_methods_run_both_ways_and_need_a_score(sde, method):
+def test_flow_methods_run_run_both_ways_and_need_a_score(sde, method):
     """Encoding is the same flow forwards; there and back again within a few tolerances."""
     system = sde.probability_flow(gaussian_score(sde, 0.5))
     x = torch.tensor([[0.3, -0.6], [1.0, 0.2]], dtype=torch.float64)

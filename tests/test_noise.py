@@ -90,3 +90,16 @@ def test_a_draw_is_not_overwritten_by_the_next():
 def test_bad_input_is_named(kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Noise(torch.empty(2, 3), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("like", "ids", "message"),
+    [
+        (torch.zeros(()), None, "like must have shape"),
+        (torch.zeros(2, 3, dtype=torch.int64), None, "like must be floating, got torch.int64"),
+        (torch.zeros(1, 300), [2**64], "ids must be below 2\\^64"),
+    ],
+)
+def test_a_like_or_an_id_that_cannot_be_used_is_named(like, ids, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Noise(like, 0, ids)
