@@ -244,6 +244,16 @@ def test_bad_input_is_named(make, message):
         make()
 
 
+@pytest.mark.parametrize("lam", [math.nan, -math.inf, 1e9, [0.0, math.nan]])
+def test_the_inverse_of_half_log_snr_refuses_what_is_not_reached(lam):
+    """VE reaches neither end of infinity; a steep schedule, where Newton or the secant alone would cycle, is solved."""
+    with pytest.raises(ValueError, match="lam must lie in .*got"):
+        VESDE().inverse_half_log_snr(torch.tensor(lam, dtype=torch.float64))
+    steep = HeatODE(lambda t: 1e-3 * t + torch.sigmoid(20 * (t - 5)), T=10.0)
+    lam = steep.half_log_snr(torch.linspace(1e-3, 10, 2001, dtype=torch.float64))
+    assert float((steep.half_log_snr(steep.inverse_half_log_snr(lam)) - lam).abs().max()) < 1e-11
+
+
 def test_the_inverse_of_half_log_snr_is_exact_to_rounding(sde):
     """Everywhere in (0, T], in order; and without a usable slope, by bisection alone."""
     lam = torch.linspace(
