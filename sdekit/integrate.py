@@ -34,7 +34,7 @@ def integrate(
     if estimate and rule.correction is None:
         raise ValueError("estimate needs a rule that corrects itself, such as unipc_2; this one has no free estimate")
     times: list[float] = grid.tolist()
-    nfe, steps = system.nfe, len(times) - 1
+    nfe, steps, dtype = system.nfe, len(times) - 1, x.dtype
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
     system.prepare(times + between, x)
     state = rule.begin(system, times, x)
@@ -58,6 +58,8 @@ def integrate(
     if denoise:
         x = rule.finish(system, x, times[-1], state)
     system.settle()
+    if x.dtype is not dtype:
+        raise TypeError(f"x went from {dtype} to {x.dtype}: drift, diffusion and noise must be of x's own dtype")
     if not _checks.finite(x):
         raise FloatingPointError(f"the state overflowed between t = {times[0]:g} and {times[-1]:g}; take more steps")
     evaluations = system.nfe - nfe

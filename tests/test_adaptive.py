@@ -232,15 +232,16 @@ def test_adams_error_is_proportional_to_the_tolerance_and_cheap(digits64):
 
 @pytest.mark.parametrize(("method", "most"), [("flow_rk23", 17), ("flow_rk45", 28)])
 def test_in_the_flow_frame_error_is_proportional_to_the_tolerance_and_cheap(digits64, method, most):
-    """Four decades within a factor of ten; at the loosest, a fifth of the evaluations of the same pair in t (88)."""
+    """Five decades within a factor of ten; at 1e-2 under a third of what the pair takes in t (88, 90)."""
     g, mixture = digits64
     sde = HeatODE()
     x = 80 * torch.randn(32, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
     ref, system, ratios = g.flow(x.numpy(), 80.0, 0.002), sde.probability_flow(mixture.score(sde)), []
-    for tol in (1e-2, 1e-3, 1e-4, 1e-5):
+    for tol in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         out = solve(system, x, [sde.T, sde.t_min], method, rtol=tol, atol=tol)
         ratios.append(oracle.error(out.x.numpy(), ref) / tol)
-        assert float(out.nfe_per_sample.double().mean()) <= most or tol < 1e-2
+        if tol == 1e-2:
+            assert float(out.nfe_per_sample.double().mean()) <= most
     assert max(ratios) / min(ratios) < 10, ratios
     assert max(ratios) < 10
 

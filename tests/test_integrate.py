@@ -215,6 +215,19 @@ def test_forward_mode_derivatives_pass_through_a_sampler():
         torch.testing.assert_close(slope, (run(x + 1e-6 * v) - run(x - 1e-6 * v)) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
+def test_a_state_that_changes_its_dtype_is_named():
+    """A user's drift in float64 would take a float32 state along."""
+
+    class Double(System):
+        churn = 0.0
+
+        def drift(self, x, t):
+            return -x.double()
+
+    with pytest.raises(TypeError, match=r"x went from torch.float32 to torch.float64: drift, diffusion"):
+        solve(Double(), torch.ones(2, 3), [0.0, 0.5, 1.0], "euler_maruyama")
+
+
 def test_a_system_and_a_noise_outlive_inference_mode():
     sde = VPSDE()
     x = torch.ones(2, 3)
