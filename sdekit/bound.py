@@ -51,7 +51,7 @@ def variational_bound(
     levels: int = 256,
     data_range: tuple[float, float] = (-1.0, 1.0),
     steps: int | None = None,
-    grid: Grid = "log_snr",
+    grid: Grid | None = None,
     samples: int = 1,
     dtype: torch.dtype | None = None,
     seed: int | None = None,
@@ -69,11 +69,12 @@ def variational_bound(
 
     ``steps`` = N is the chain t_1 < ... < t_N = T, whose reverse steps have the posterior's variance (Ho et al. 2020,
     eq. 5 and 13; Kingma et al. 2021, eq. 11-14). Its N times are those of ``grid`` (a name, a callable, or a decreasing
-    tensor of N times), by default uniform in lam from t_min on; N = 1 is T alone. ``steps`` = None is its limit
-    (Kingma et al. 2021, eq. 17), in which t_1 is t_min and only the ends of lam matter.
+    tensor of N times), by default uniform in lam from t_min on: uniform in t, one step may cross most of lam, and the
+    bound is loose by that. N = 1 is T alone. ``steps`` = None is the limit (Kingma et al. 2021, eq. 17), in which t_1
+    is t_min and only the ends of lam matter.
 
     ``samples``: draws of the noise per term, and in continuous time of lam, one in each of as many equal parts of its
-    range (importance sampling of t by g^2/sigma^2, stratified: Song et al. 2021b, section 5). The reconstruction has as
+    range (importance sampling of t by g^2/sigma^2, stratified: Song, Durkan et al. 2021). The reconstruction has as
     many draws of its own: N ``samples`` evaluations of the batch, or 2 ``samples`` in continuous time. ``stderr`` takes
     the draws of a term as independent and alike, so over lam, where they are stratified, it is too large on average.
     ``dtype``: of the state the score sees, torch.float32 or float64 (default: torch's default). Sums are in float64.
@@ -82,7 +83,8 @@ def variational_bound(
     """
     quantization = Quantization.of(levels, data_range)
     samples = _checks.count(samples, "samples")
-    if dtype not in (None, torch.float32, torch.float64):  # half precision loses the noise at t_min
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in (torch.float32, torch.float64):  # half precision loses the noise at t_min
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}; a network may cast within")
     x0 = quantization.values(x, dtype)
     wide = quantization.values(x, float64(x.device))
@@ -99,19 +101,20 @@ def variational_bound(
 
     terms = []  # (mean, squared standard error) of each
     if steps is None:
+        if grid is not None:
+            raise ValueError(f"grid is the chain's and steps is None: give steps, or leave grid out; got {grid!r}")
         first = sde.t_min
         low, high = (float(sde.half_log_snr(t)) for t in (sde.T, sde.t_min))
         edges = torch.linspace(low, high, samples + 1, dtype=torch.float64).tolist()
         place = Noise(wide.reshape(len(x), -1)[:, 0].cpu(), seed, ids, purpose="bound level")
+        noise.enter(low, high)
         draws = []
         for a, b in pairwise(edges):
-            noise.enter(a, b)
-            place.enter(a, b)
             lam = a + (b - a) * torch.special.ndtr(place.normal())
             draws.append((high - low) * error(sde.inverse_half_log_snr(lam).clamp(sde.t_min, sde.T)))
         terms.append(_mean(draws))
     else:
-        times = _chain(sde, grid, _checks.count(steps, "steps"))
+        times = _chain(sde, "log_snr" if grid is None else grid, _checks.count(steps, "steps"))
         lam = sde.half_log_snr(times)
         first, *rest = times.tolist()
         system.prepare([first, *rest], x0)

@@ -115,7 +115,7 @@ def test_each_continuous_term_is_what_quadrature_says():
     """Level by level, where t_min is so late that the decoder pays."""
     sde = VPSDE()
     sde.t_min = float(sde.inverse_half_log_snr(1.0))
-    lam = np.linspace(float(sde.half_log_snr(sde.T)), 1.0, 400)
+    lam = np.linspace(float(sde.half_log_snr(sde.T)), 1.0, 150)
     bound = double(sde, every_level(1000), samples=8)
     for level in range(5):
         integral = np.trapezoid([squared_error(level, b) for b in lam], lam)
@@ -194,19 +194,22 @@ def test_the_decoder_sums_to_one(levels, mean, std, low, width):
 
 
 @pytest.mark.parametrize(
-    ("std", "mean", "level", "exact"),  # 60 digits of mpmath
+    ("levels", "std", "mean", "level", "exact"),  # 60 digits of mpmath
     [
-        (1e-3, -1.0, 0, -4.3988159615309833e-5),
-        (1e-3, -1.0, 1, -10.031612053911055),
-        (1e-3, 0.5, 255, -123054.03071316305),
-        (0.01, 1.0, 128, -4927.392537685228),
-        (1e-6, 1000.0, 3, -5.0097302194540568e17),
-        (30.0, -1000.0, 200, -565.3557925805621),
-        (1.0, 0.25, 254, -6.0424544536238655),
+        (256, 1e-3, -1.0, 0, -4.3988159615309833e-5),
+        (256, 1e-3, -1.0, 1, -10.031612053911055),
+        (256, 1e-3, 0.5, 255, -123054.03071316305),
+        (256, 0.01, 1.0, 128, -4927.392537685228),
+        (256, 1e-6, 1000.0, 3, -5.0097302194540568e17),
+        (256, 30.0, -1000.0, 200, -565.3557925805621),
+        (256, 1.0, 0.25, 254, -6.0424544536238655),
+        (2**24, 1e3, -1e6, 5000, -500022.76967545135),  # a bin 1e-10 wide, a thousand deviations out
+        (256, 1e-3, -1e20, 0, -0.0),
+        (256, 1e-3, -1e20, 9, -5e45),
     ],
 )
-def test_the_decoder_is_exact_in_the_tails(std, mean, level, exact):
-    quantization = Quantization(256)
+def test_the_decoder_is_exact_in_the_tails(levels, std, mean, level, exact):
+    quantization = Quantization(levels)
     got = log_bin_probability(quantization, torch.tensor([level]), torch.tensor([mean], dtype=torch.float64), std)
     assert float(got) == pytest.approx(exact, rel=1e-11)
 
@@ -309,6 +312,7 @@ def test_quantization_of_8_bits_is_ddpms():
         ({"dtype": torch.bfloat16}, TypeError, "dtype must be torch.float32 or torch.float64, got torch.bfloat16"),
         ({"steps": 3, "grid": "unifrom"}, ValueError, "unknown grid 'unifrom': did you mean 'uniform'"),
         ({"steps": 3, "grid": torch.tensor([1.0, 0.1])}, ValueError, "grid must hold the chain's 3 times"),
+        ({"grid": "uniform"}, ValueError, "grid is the chain's and steps is None: give steps"),
         ({"steps": 2, "grid": torch.tensor([0.5, 0.1])}, ValueError, "grid must start at T = 1, got 0.5"),
         ({"score": lambda x, t: x * math.nan}, FloatingPointError, "NaN or infinite values"),
         ({"score": lambda x, t: x * math.nan, "steps": 3}, FloatingPointError, "NaN or infinite values"),
