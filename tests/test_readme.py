@@ -132,6 +132,8 @@ def test_linked_files_exist():
 
 # What each example prints of a quantity with a known value, and how near it must be.
 PRINTS = {
+    "interpolate.py": [(r"moons: round-trip error ([\d.e-]+)", 0.0, 1e-3),
+                       (r"digits: round-trip error ([\d.e-]+)", 0.0, 0.02)],
     "quickstart.py": [(r"data: (-?[\d.]+) nats", -1.02, 0.1)],
     "extend.py": [(r"rule: std ([\d.]+)", 1.020, 0.03), (r"weight 0.0: mean ([\d.]+)", 1.0, 0.02),
                   (r"weight 0.0: mean [\d.]+, std ([\d.]+)", 0.2, 0.02)],
