@@ -32,6 +32,7 @@ from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibrati
 from sdekit.metrics import frechet_distance
 
 CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
+FIT = {"noises": 512, "iterations": 300, "batch": 64}  # a few minutes each; four times calibrate's own noises
 _GUESS = 100  # evaluations of an adaptive method, for the progress bar
 SHOWN = (5, 6, 10)  # rows of samples in the figure
 QUICK = {  # budgets -> samplers
@@ -84,7 +85,7 @@ def calibrations(problem: Problem, options: argparse.Namespace, rows: list[dict]
             found[nfe] = load_calibration(kept)
             continue
         found[nfe] = calibrate(
-            problem.sde, problem.score, (1, *problem.images.shape[1:]), nfe=nfe, seed=1000, progress=True
+            problem.sde, problem.score, (1, *problem.images.shape[1:]), nfe=nfe, seed=1000, progress=True, **FIT
         )
         made.parent.mkdir(parents=True, exist_ok=True)
         found[nfe].save(made)

@@ -6,8 +6,7 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 
-from sdekit import VPSDE, GaussianMixture, load_pretrained
-from sdekit.encoding import interpolate, round_trip_error
+from sdekit import VPSDE, GaussianMixture, interpolate, load_pretrained, round_trip_error
 
 arc = torch.linspace(0, math.pi, 12)  # two moons, a dozen Gaussians each
 upper = torch.stack([arc.cos() - 0.5, arc.sin() - 0.25], 1)

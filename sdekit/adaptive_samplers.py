@@ -35,8 +35,8 @@ def ode_sample(
     """Samples of shape (B, *event) by the probability flow from T to t_min, solved adaptively.
 
     ``method``: "rk45" or "rk23" (embedded Runge-Kutta pairs), "flow_rk45" or "flow_rk23" (the same where the flow's
-    linear part is exact: fewer evaluations), or "adams" (a multistep method in half log-SNR, by far
-    the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2 in 17, 1e-4 in 38), with
+    linear part is exact: fewer evaluations), or "adams" (a multistep method in the same frame, by far
+    the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2 in 14, 1e-4 in 36), with
     tolerances ``rtol`` and ``atol`` and step sizes per sample; or a back-end's adaptive one (``backends.ADAPTIVE``:
     "torchdiffeq:dopri5", "scipy:DOP853", ...), whose error and steps are those of the batch as a whole, so that a
     sample depends on its batch. Everything else as in :func:`sample`.

@@ -1,17 +1,14 @@
-"""Embedded Runge-Kutta pairs for the adaptive loop, in t, and in a frame where the flow's linear part is exact."""
+"""Embedded Runge-Kutta pairs for the adaptive loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit.adaptive import State
-from sdekit.reverse import batch_time
 from sdekit.solution import rms
-from sdekit.steppers.exponential import PREDICTIONS
-from sdekit.system import Levels, expand
+from sdekit.system import expand
 
 # y' = rhs(y, t, run) for the samples of the batch that are still running: y (b, *event), t (b,), their indices run (b,)
 Rhs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,7 +51,7 @@ TABLEAUS = {"rk45": DORMAND_PRINCE, "rk23": BOGACKI_SHAMPINE}
 
 @dataclass
 class RungeKutta:
-    """A pair on  y' = rhs(y, t, run),  in t itself.
+    """A pair on  y' = rhs(y, t, run),  in t itself or (:class:`sdekit.frame.InFrame`) in a variable u.
 
     The error of a step is norm(error / (atol + rtol max(|y|, |y new|))), by default the RMS over the event.
     """
@@ -114,59 +111,3 @@ class RungeKutta:
         error = step * sum(e * k for e, k in zip(self.tableau.e, stages, strict=True) if e)
         size = self.norm(error / (self.atol + self.rtol * torch.maximum(y.abs(), y_new.abs())))
         return y_new, size, float(self.tableau.order), (stages[-1],)
-
-
-_FLOW = PREDICTIONS["flow"]
-
-
-class FlowRungeKutta(RungeKutta):
-    """A pair on the probability flow as the rectified flow that every process is when x and time are scaled:
-
-    y = x/(alpha + sigma) = (1 - u) x_0 + u eps,  u = sigma/(alpha + sigma),  dy/du = E[eps - x_0 | x].
-
-    What the flow has of alpha, sigma and linear terms is exact, and y and u are bounded, whatever the highest level.
-    Error and tolerances are those of y, which at the data is x. In float32 the velocity loses digits like eps/alpha(T):
-    below alpha(T) = 1e-5 use float64, or adams. Liu et al. 2023 for the flow. Raises TypeError for a system that has no
-    score.
-    """
-
-    def __init__(self, system: Any, rtol: float, atol: float, tableau: Tableau) -> None:
-        super().__init__(self._velocity, rtol, atol, tableau)
-        self.system = system
-
-    def clock(self, t: Tensor) -> Tensor:
-        """u at the times t, of which the ends are remembered."""
-        self._first, self._last = float(t.min()), float(t.max())
-        lv = self.system.levels(t.cpu())
-        self._lam = float(lv.lam.min()), float(lv.lam.max())
-        return lv.sigma / (lv.alpha + lv.sigma)
-
-    def time(self, u: Tensor) -> Tensor:
-        """t of u, never a rounding beyond the ends; on the CPU."""
-        lam = torch.log((1 - u) / u).cpu().clamp(*self._lam)  # 1 - u has few digits left where alpha is small
-        return self.system.sde.inverse_half_log_snr(lam).clamp(self._first, self._last)
-
-    def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:
-        """As in t, from the scaled state."""
-        return super().start(y / expand(self._scale(u), y), u, ends, run)
-
-    def attempt(
-        self, y: Tensor, u: Tensor, u_new: Tensor, state: State, run: Tensor
-    ) -> tuple[Tensor, Tensor, float, State]:
-        """One step of the scaled state."""
-        scaled = y / expand(self._scale(u), y)
-        y_new, size, power, state_new = super().attempt(scaled, u, u_new, state, run)
-        return y_new * expand(self._scale(u_new), y), size, power, state_new
-
-    def _scale(self, u: Tensor) -> Tensor:
-        lv = self._levels(u)
-        return lv.alpha + lv.sigma
-
-    def _levels(self, u: Tensor) -> Levels:
-        return self.system.levels(self.time(u))
-
-    def _velocity(self, y: Tensor, u: Tensor, run: Tensor) -> Tensor:
-        lv = self._levels(u)
-        x = y * expand(lv.alpha + lv.sigma, y)
-        score = self.system.score(x, batch_time(lv.time, x))
-        return expand(_FLOW.scale(lv.alpha, lv.sigma), x) * score + expand(_FLOW.mix(lv.alpha, lv.sigma), x) * x

@@ -11,9 +11,10 @@ from sdekit import _checks, backends
 from sdekit.adams import Adams
 from sdekit.adaptive import MAX_NFE, adaptive
 from sdekit.brownian import BrownianPath
+from sdekit.frame import FlowFrame, InFrame
 from sdekit.integrate import integrate
 from sdekit.noise import Noise
-from sdekit.rungekutta import TABLEAUS, FlowRungeKutta, RungeKutta
+from sdekit.rungekutta import TABLEAUS, RungeKutta
 from sdekit.solution import Callback, Solution
 from sdekit.sra import SRA1
 from sdekit.steppers import RULES, StepRule, as_rule
@@ -47,8 +48,8 @@ def solve(
     ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
     step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)) and "rk23" (Bogacki-Shampine 3(2)); for
     a probability flow also "flow_rk45" and "flow_rk23", the same in a frame where its linear part is exact
-    (:class:`sdekit.rungekutta.FlowRungeKutta`), and "adams" (:class:`sdekit.adams.Adams`), which needs by far the
-    fewest evaluations down to errors of 1e-5; for an SDE "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian
+    (:class:`sdekit.frame.FlowFrame`), and, in the same frame, "adams" (:class:`sdekit.adams.Adams`), which needs by far
+    the fewest evaluations; for an SDE "adaptive_sra1" (:class:`sdekit.sra.SRA1`), on a Brownian
     path; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
     (``backends.METHODS``), whose steps are the whole batch's.
     Where the diffusion depends on x, euler_maruyama, milstein, rk4, torchsde:euler and torchsde:milstein solve Ito's
@@ -120,16 +121,17 @@ def solve(
 
 def _adaptive_method(
     name: str, system: Any, rtol: float, atol: float, x: Tensor, times: Tensor, noise: Noise | None
-) -> Adams | RungeKutta | SRA1:
-    if name == "adams":
-        return Adams(system, rtol, atol)
+) -> InFrame | RungeKutta | SRA1:
     if name == ADAPTIVE_SDE:
         path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]))
         if not isinstance(path, BrownianPath):
             raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
         return SRA1(system, rtol, atol, path)
-    if name.startswith("flow_"):
-        return FlowRungeKutta(system, rtol, atol, TABLEAUS[name.removeprefix("flow_")])
+    if name == "adams" or name.startswith("flow_"):
+        frame = FlowFrame(system)
+        if name == "adams":
+            return InFrame(frame, Adams(frame.velocity, rtol, atol))
+        return InFrame(frame, RungeKutta(frame.velocity, rtol, atol, TABLEAUS[name.removeprefix("flow_")]))
     # t comes in float64, one per sample; a drift that multiplies by it must not make x one too
     return RungeKutta(lambda y, t, run: system.drift(y, t).to(y), rtol, atol, TABLEAUS[name])
 

@@ -217,7 +217,7 @@ def test_adams_error_is_proportional_to_the_tolerance_and_cheap(digits64):
     x = 80 * torch.randn(n, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
     ref, end = g.flow(x.numpy(), 80.0, 0.0), g.flow(x.numpy(), 80.0, 0.002)
     system = sde.probability_flow(mixture.score(sde))
-    for tol, most, error in ((1e-2, 19.5, 0.0106), (3e-3, 27, 0.0023), (2e-4, 46.5, 1.1e-4)):
+    for tol, most, error in ((1e-2, 19.5, 0.0106), (2e-3, 27, 0.0023), (1e-4, 46.5, 1.1e-4)):
         out = solve(system, x, [sde.T, sde.t_min], "adams", rtol=tol, atol=tol, denoise=True)
         assert out.success
         assert float(out.nfe_per_sample.double().mean()) <= most, tol
@@ -295,30 +295,53 @@ def test_adams_limits_and_broken_scores_are_told():
 
 
 def test_adams_weights_are_exact_on_a_parabola():
-    """v a parabola of the clock: once three are behind, predictor and corrector agree and the step is exact."""
-    sde = NAMED["VP"]()
+    """Slope a parabola in u: once three are behind, predictor and corrector agree and steps of any size are exact."""
+    c = torch.tensor([0.7, -2.0, 1.5], dtype=torch.float64)
 
-    def score(x, t):
-        a, s = (c.reshape(-1, 1) for c in (sde.alpha(t), sde.sigma(t)))
-        c = s / (a + s)
-        r = torch.hypot(a, s)
-        return (0.7 + (c - 0.3) ** 2 + s / a / r * x) / (-s / a * r)
+    def slope(y, u, run):
+        return sum(a * u**i for i, a in enumerate(c)).reshape(-1, 1)
 
-    system = sde.probability_flow(score)
-    x = torch.tensor([[0.4]], dtype=torch.float64)
-    method = Adams(system, 1e-3, 1e-3)
-    tight = solve(system, x, [1.0, 0.05], "rk45", rtol=1e-11, atol=1e-12).x
-    u = method.clock(torch.tensor([1.0, 0.9, 0.8, 0.7, 0.3, 0.05], dtype=torch.float64))
-    y = solve(system, x, [1.0, 0.8], "rk45", rtol=1e-11, atol=1e-12).x
-    state, _, _ = method.start(x, u[:1], u[[0, -1]], torch.tensor([0]))
-    for i in (0, 1):  # the states on the exact solution, whatever the first steps did
-        at = solve(system, x, [1.0, [0.9, 0.8][i]], "rk45", rtol=1e-11, atol=1e-12).x
-        _, _, _, state = method.attempt(at, u[i : i + 1], u[i + 1 : i + 2], state, torch.tensor([0]))
-    for i in (2, 3, 4):
-        y, size, power, state = method.attempt(y, u[i : i + 1], u[i + 1 : i + 2], state, torch.tensor([0]))
-    assert float(power) == 4
-    assert float(size) < 1e-4
-    torch.testing.assert_close(y, tight, rtol=1e-7, atol=1e-8)
+    def solution(u):
+        return sum(a / (i + 1) * u ** (i + 1) for i, a in enumerate(c)).reshape(-1, 1)
+
+    method, run = Adams(slope, 1e-3, 1e-3), torch.tensor([0])
+    u = torch.tensor([0.9, 0.85, 0.7, 0.4, 0.38, 0.1], dtype=torch.float64)
+    state, _, _ = method.start(solution(u[:1]), u[:1], u[[0, -1]], run)
+    for i in range(2):  # from the exact solution, whatever the first steps do
+        _, size, power, state = method.attempt(solution(u[i : i + 1]), u[i : i + 1], u[i + 1 : i + 2], state, run)
+        assert float(power) == i + 2
+        assert float(size) > 1e-5
+    y = solution(u[2:3])
+    for i in range(2, 5):
+        y, size, power, state = method.attempt(y, u[i : i + 1], u[i + 1 : i + 2], state, run)
+        assert float(power) == 4
+        assert float(size) < 1e-10
+        torch.testing.assert_close(y, solution(u[i + 1 : i + 2]), rtol=0, atol=1e-13)
+
+
+def test_adams_estimate_of_one_order_less_leaves_out_the_oldest_slope():
+    """lower() is exact on one degree less than corrected, whatever the number of slopes that there are."""
+    for degree in (1, 2):
+
+        def slope(y, u, run, degree=degree):
+            return (u**degree).reshape(-1, 1)
+
+        seen = []
+
+        class Watched(Adams):
+            def judge(self, y, predicted, corrected, lower, seen=seen):
+                seen.append((float(corrected), float(lower())))
+                return super().judge(y, predicted, corrected, lower)
+
+        method, run = Watched(slope, 1e-3, 1e-3), torch.tensor([0])
+        u = 0.3 + 0.1 * torch.arange(8, dtype=torch.float64)
+        state, _, _ = method.start(torch.zeros(1, 1).double(), u[:1], u[[0, -1]], run)
+        for i in range(7):
+            exact = (u ** (degree + 1) / (degree + 1)).diff()[i]
+            _, _, _, state = method.attempt(torch.zeros(1, 1).double(), u[i : i + 1], u[i + 1 : i + 2], state, run)
+            corrected, lower = (abs(a - float(exact)) for a in seen[-1])
+            assert (corrected < 1e-14) == (i + 1 >= degree)
+            assert (lower < 1e-14) == (i >= degree)
 
 
 @every_method

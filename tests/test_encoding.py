@@ -51,7 +51,7 @@ def test_every_method_is_the_factor_and_float32_stays(method, tol, near):
 
 def test_decode_undoes_encode_and_the_error_falls_with_the_tolerance(sde):
     """On random mixtures at most 20 tolerances, over three decades, and 1/100 of the first error after them."""
-    for seed in (0, 1, 569):  # the last is a hard one: 13 tolerances at 1e-2, the others at most 4
+    for seed in (0, 569):  # the last is a hard one: 13 tolerances at 1e-2, the others at most 4
         mixture, _ = random_mixture(seed)
         x = sde.perturb(mixture.sample(6, seed=seed, dtype=torch.float64), sde.t_min, seed=seed)
         errors = []

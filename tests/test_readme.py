@@ -125,6 +125,16 @@ def test_the_table_of_adaptive_methods_is_the_results(monkeypatch):
     assert lines[1].splitlines() == printed
 
 
+def test_the_table_of_likelihoods_is_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import likelihood
+
+    numbers = ("tolerance", "evaluations", "mean", "max")
+    rows = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in results("likelihood")]
+    lines = re.search(r"<!-- table:likelihood -->\n\n((?:\|.*\n)+)", README)
+    assert lines[1].splitlines() == likelihood.table(rows).splitlines()
+
+
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -21,7 +21,7 @@ from torch import Tensor
 from sdekit.system import Levels
 
 # Gauss-Legendre points and weights of [0, 1] by their number: 8 are exact to rounding for exponents up to 1/2.
-_QUADRATURE = {
+QUADRATURE = {
     n: tuple(torch.from_numpy(a) / 2 for a in (points + 1, weights))
     for n, (points, weights) in ((n, np.polynomial.legendre.leggauss(n)) for n in (8, 24))
 }
@@ -90,7 +90,7 @@ def integrand(kind: Prediction, churn: float, start: Levels, end: Levels, points
     k, lam_s = 1 + churn**2, end.lam[:, None]
     h = lam_s - start.lam[:, None]
     points = points or (8 if k * float(h.detach().abs().max()) <= 0.5 else 24)
-    nodes, weights = _QUADRATURE[points]
+    nodes, weights = QUADRATURE[points]
     at, dlam = start.lam[:, None] + h * nodes, h * weights
     log_phi, log_phi_s = kind.log_phi(at), kind.log_phi(lam_s)
     kernel = -k * kind.b * end.alpha[:, None] * torch.exp(k * (log_phi_s - log_phi) - log_phi - at) * dlam
@@ -103,7 +103,7 @@ def integrand(kind: Prediction, churn: float, start: Levels, end: Levels, points
 
 def frozen(g: Integrand, place: Tensor) -> Integrand:
     """The kernel's mean for the kernel, over steps between the nodes ``place`` (N + 1,) of a clock."""
-    points, weights = _QUADRATURE[g.kernel.shape[1]]
+    points, weights = QUADRATURE[g.kernel.shape[1]]
     at = place[:-1, None] + place.diff()[:, None] * points
     return g._replace(kernel=g.kernel.sum(1, keepdim=True) * weights, at=at)
 
