@@ -57,7 +57,8 @@ def bits_per_dim(
     "uniform": q = 1/bin^D, p the density at t = 0 (Theis et al. 2016; Ho et al. 2019, eq. 3): for a model that was
     trained on dequantised data. "truncated_normal": q is the process's own noise at t_min, cut off at the bin, and p
     the density at t_min (Zheng et al. 2023, section 4): for a model that was trained on the levels' values themselves;
-    its P(x) is that of the marginal at t_min.
+    its P(x) is that of the marginal at t_min. Of a score that is not exact, p is normalised but for the corrections of
+    both ends, so that this is a bound up to ``error``.
 
     Other arguments as in :func:`log_likelihood`; ``dtype`` of the state. Raises TypeError for x that is not of
     integers, ValueError for levels out of range, an unknown dequantisation, and samples > 1 with Hutchinson's
@@ -83,12 +84,12 @@ def bits_per_dim(
         else:
             a = float(sde.alpha(sde.t_min))
             std = float(sde.sigma(sde.t_min)) / a
-            cut = torch.tensor(quantization.bin / 2 / std, dtype=values.dtype)
-            inside = 1 - 2 * torch.special.ndtr(-cut)
-            z = torch.special.ndtri(torch.special.ndtr(-cut) + u * inside).clamp(-cut, cut)
+            cut = quantization.bin / 2 / std
+            inside = math.erf(cut / math.sqrt(2))
+            z = torch.special.ndtri((1 - inside) / 2 + u * inside).clamp(-cut, cut)
             point = a * (values + std * z)
             log_q = -(z.square() / 2).reshape(len(x), -1).sum(1) - d * (
-                math.log(a * std) + math.log(2 * math.pi) / 2 + float(inside.log())
+                math.log(a * std) + math.log(2 * math.pi) / 2 + math.log(inside)
             )
         out = log_likelihood(
             sde, score, point.to(dtype), divergence=divergence, probes=probes, rtol=rtol, atol=atol, seed=seed, ids=ids

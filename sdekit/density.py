@@ -41,7 +41,8 @@ class Divergence:
                 (jv,) = torch.autograd.grad(score, x, v, is_grads_batched=True, retain_graph=more, create_graph=graph)
                 products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
         out = torch.cat(products)
-        div = out.sum(0).unsqueeze(1) if self.exact else out.T
+        # Row by row in memory: the sum of a lone column rounds otherwise than the same one among others.
+        div = out.T.contiguous().sum(1, keepdim=True) if self.exact else out.T
         return (score, div) if graph else (score.detach(), div)
 
 
@@ -115,6 +116,5 @@ class Density(Adams):
             nats = ((self._pull * off[:, : self.d]).sum(1) + off[:, self.d : -1].mean(1)).abs()
             scale = self.atol + self.rtol * torch.maximum(y.abs(), corrected.abs())
             state = rms(((corrected - predicted) / scale)[:, : self.d])
-        return torch.cat([corrected[:, :-1], corrected[:, -1:] + nats[:, None]], 1), torch.maximum(
-            nats / self.nats, state
-        )
+        y_new = torch.cat([corrected[:, :-1], corrected[:, -1:] + nats[:, None]], 1)
+        return y_new, torch.maximum(nats / self.nats, state)

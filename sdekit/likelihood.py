@@ -27,8 +27,9 @@ class Likelihood:
     ``log_prob``: log p(x) of the process's marginal at t_min, with the given prior at T.
     ``stderr``: of the divergence's probes: 0 if exact, NaN from a single probe. ``solver_error``: the sum over the
     steps of the size of their errors, as they come out in log p. ``truncation``: estimate of log p_0(x) - log p(x),
-    where p_0 is the marginal at t = 0. ``prior_mismatch``: estimate of log p_T - log prior at ``latent``; 0 for a
-    prior that was given. ``truncation_error``, ``prior_error``: of these two, the size of their last terms.
+    where p_0 is the process's marginal at t = 0 (VE's keeps sigma_min). ``prior_mismatch``: estimate of log p_T - log
+    prior at ``latent``; 0 for a prior that was given. ``truncation_error``, ``prior_error``: of these two, the size of
+    their last terms.
     ``latent``, like x: where the flow takes x at T. ``nfe``: network evaluations; ``nfe_per_sample`` (B,): those that a
     sample took part in. ``probes``: per sample, 0 if exact.
     """
@@ -47,14 +48,15 @@ class Likelihood:
 
     @property
     def corrected(self) -> Tensor:
-        """log p_0(x): ``log_prob`` + ``truncation`` + ``prior_mismatch``."""
-        return self.log_prob + self.truncation + self.prior_mismatch
+        """log p_0(x): ``log_prob`` + ``truncation`` + ``prior_mismatch``; a number, without gradients."""
+        return self.log_prob.detach() + self.truncation + self.prior_mismatch
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Ends of the interval about ``corrected`` that holds log p_0(x) with this probability.
 
         Half of it is the sum of Student's quantile (probes - 1 degrees of freedom) times ``stderr``, and of the errors
-        of solver, truncation and prior. NaN from a single probe.
+        of solver, truncation and prior. NaN from a single probe. The truncation's is no bound where the data vary at
+        the scale of sigma(t_min): its series converges slowly there. What the score itself is wrong by is not in it.
         """
         quantile = float(student.ppf((1 + level) / 2, self.probes - 1)) if self.probes > 1 else 1.0
         half = quantile * self.stderr + self.solver_error + self.truncation_error + self.prior_error
@@ -86,7 +88,7 @@ def log_likelihood(
 
     An error e of the state at time t changes log p by  e . grad log p_t,  and the score is at hand: so a step's error
     is measured as what it does to log p. It must be below  atol + rtol sqrt(D)  nats (sqrt(D/2) is what log p varies by
-    over Gaussian data), and the state's, RMS over the event, below  atol + rtol |x|.
+    over Gaussian data) and what D roundings make, and the state's, RMS over the event, below  atol + rtol |x|.
 
     ``divergence``: "exact" (D products, batched) or "hutchinson" (``probes`` Rademacher vectors per sample,
     fixed along the path). ``prior_log_prob``: (B, *event) -> (B,), default ``sde.prior_log_prob``.
@@ -128,6 +130,7 @@ def sample_with_log_prob(
     with torch.no_grad():
         times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
         x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    x = x.detach()
     make = make_divergence(x, divergence, probes, seed, ids)
     return _solve(sde, score, x, False, make, rtol, atol, prior_log_prob, False, progress)
 
@@ -146,6 +149,12 @@ def _solve(
 ) -> tuple[Tensor, Likelihood]:
     """From x at t_min to T, or from x at T to t_min: the other end, and the likelihood of the point at t_min."""
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64 for a density, got {x.dtype}; a network may cast within")
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # derivatives are needed
+            divergence = Divergence(divergence.vectors.clone(), divergence.exact)
+            return _solve(sde, score, x.clone(), forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     b, d = x.shape[0], x[0].numel()
     system = sde.probability_flow(score)
     method = Density(system, x, divergence, rtol, atol, graph)
@@ -159,12 +168,12 @@ def _solve(
         raise SolverError(solution)
     end = (solution.x[:, :d] * last).reshape(x.shape)
     latent = end if forwards else x
-    prior = (prior_log_prob or sde.prior_log_prob)(latent)
+    with torch.set_grad_enabled(graph):
+        prior = (prior_log_prob or sde.prior_log_prob)(latent)
     if prior.shape != (b,):
         raise ValueError(f"prior_log_prob must return shape ({b},), got {tuple(prior.shape)}")
-    change = solution.x[:, d:-1] * (
-        1.0 if forwards else -1.0
-    )  # log q(y) at t_min - at T; log p(x) = log q(y) - d log n
+    # log q(y) at t_min less that at T; log p(x) = log q(y) - d log n
+    change = solution.x[:, d:-1] if forwards else -solution.x[:, d:-1]
     exact, n = divergence.exact, divergence.columns
     stderr = prior.new_zeros(b) if exact else change.std(1) / n**0.5 if n > 1 else prior.new_full((b,), torch.nan)
     zero = prior.new_zeros(b)
@@ -183,7 +192,6 @@ def _solve(
         nfe_per_sample=solution.nfe_per_sample + system.nfe - solution.nfe,
         probes=0 if exact else n,
     )
-    system.settle()
     return end, likelihood
 
 
@@ -194,22 +202,21 @@ def _truncation(
 
     With z = x/alpha and v = sigma^2/alpha^2, z_t is data plus noise of variance v, whose density obeys the heat
     equation:  d log p(z)/dv = A = alpha^2 (div score + |score|^2)/2.  From (x/alpha(t_min), v(t_min)) to
-    (x/alpha(0), v(0)), A and the gradient alpha score are taken as linear, through the values at the start and at
-    z = x/alpha(0), where v is as far again.
+    (x/alpha(0), v(0)), A and the gradient alpha score are taken as linear, through the values at the start and as far
+    again on the other side of it.
     """
     b, d = x.shape[0], x[0].numel()
     a0, a1 = float(sde.alpha(0.0)), float(sde.alpha(sde.t_min))
     v0, v1 = (float(sde.sigma(0.0)) / a0) ** 2, (float(sde.sigma(sde.t_min)) / a1) ** 2
     t = float(sde.inverse_half_log_snr(-math.log(2 * v1 - v0) / 2))
     a2, everyone = float(sde.alpha(t)), torch.arange(b, device=x.device)
-    farther, div_farther = divergence(
-        system, x * (a2 / a0), batch_time(torch.full((b,), t, dtype=torch.float64), x), everyone, False
-    )
+    far_x, far_t = x * (a2 * (2 / a1 - 1 / a0)), batch_time(torch.full((b,), t, dtype=torch.float64), x)
+    farther, div_farther = divergence(system, far_x, far_t, everyone, False)
     near, far = (a1 * score).reshape(b, d), (a2 * farther).reshape(b, d)
     slope = (a1**2 * div + near.square().sum(1)) / 2
     bend = (v1 - v0) / 2 * ((a2**2 * div_farther.mean(1) + far.square().sum(1)) / 2 - slope)
     move = x.reshape(b, d) * (1 / a0 - 1 / a1)
-    turn = ((far - near) * move).sum(1) / 2
+    turn = ((near - far) * move).sum(1) / 2
     first = (near * move).sum(1) - (v1 - v0) * slope + d * math.log(a1 / a0)
     return first + bend + turn, bend.abs() + turn.abs()
 
