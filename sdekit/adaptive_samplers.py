@@ -1,6 +1,7 @@
 """Adaptive samplers: the probability flow and the reverse SDE, with error and step size per sample."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,17 @@ def ode_sample(
     Raises SolverError, which carries the partial solution, where a sample cannot reach t_min.
     """
     _checks.instance(sde)
-    _checks.lookup({**dict.fromkeys(ADAPTIVE), **backends.ADAPTIVE}, method, "adaptive method")
-    system = sde.probability_flow(score)
     times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
     x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
-    solution = solve(
-        system, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback
+    return flow(
+        sde, score, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback
     )
+
+
+def flow(sde: SDE, score: Score, x: Tensor, times: Tensor, method: str, **options: Any) -> Tensor:
+    """x at times[-1] from x at times[0], by an adaptive method; SolverError where a sample does not come there."""
+    _checks.lookup({**dict.fromkeys(ADAPTIVE), **backends.ADAPTIVE}, method, "adaptive method")
+    solution = solve(sde.probability_flow(score), x, times, method, **options)
     if not solution.success:
         raise SolverError(solution)
     return solution.x

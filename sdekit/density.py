@@ -11,10 +11,10 @@ from sdekit.adaptive import State
 from sdekit.frame import FlowFrame, linear
 from sdekit.noise import Noise
 from sdekit.reverse import Reverse, batch_time
-from sdekit.solution import rms
 from sdekit.system import expand
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
+_NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
 
 
 class Divergence:
@@ -30,15 +30,17 @@ class Divergence:
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
             score = system.score(x, t)
             if not score.requires_grad:
-                raise ValueError(
-                    "score must be differentiable in x for its divergence; take no_grad or detach out of it"
-                )
+                raise ValueError(_NO_GRADIENT)
             chunks = self.vectors.split(max(1, _VJP_NUMBERS // x.numel()))
             products = []
             for i, chunk in enumerate(chunks):
                 v = chunk[:, run]
                 more = graph or i + 1 < len(chunks)
-                (jv,) = torch.autograd.grad(score, x, v, is_grads_batched=True, retain_graph=more, create_graph=graph)
+                (jv,) = torch.autograd.grad(
+                    score, x, v, is_grads_batched=True, retain_graph=more, create_graph=graph, allow_unused=True
+                )
+                if jv is None:  # a graph to parameters, none to x
+                    raise ValueError(_NO_GRADIENT)
                 products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
         out = torch.cat(products)
         # Row by row in memory: the sum of a lone column rounds otherwise than the same one among others.
@@ -114,7 +116,6 @@ class Density(Adams):
         with torch.no_grad():
             off = corrected - lower()
             nats = ((self._pull * off[:, : self.d]).sum(1) + off[:, self.d : -1].mean(1)).abs()
-            scale = self.atol + self.rtol * torch.maximum(y.abs(), corrected.abs())
-            state = rms(((corrected - predicted) / scale)[:, : self.d])
+            _, state = super().judge(y[:, : self.d], predicted[:, : self.d], corrected[:, : self.d], lower)
         y_new = torch.cat([corrected[:, :-1], corrected[:, -1:] + nats[:, None]], 1)
         return y_new, torch.maximum(nats / self.nats, state)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit import _checks, backends
+from sdekit import _checks
+from sdekit.adaptive_samplers import flow
 from sdekit.sde import SDE
-from sdekit.solution import SolverError, rms
-from sdekit.solve import ADAPTIVE, solve
+from sdekit.solution import rms
 from sdekit.system import Score, float64
 
 
@@ -103,11 +103,8 @@ def interpolate(
 
 def _flow(sde: SDE, score: Score, x: Tensor, direction: int, method: str, **how: Any) -> Tensor:
     _checks.instance(sde)
-    _checks.lookup({**dict.fromkeys(ADAPTIVE), **backends.ADAPTIVE}, method, "adaptive method")
-    solution = solve(sde.probability_flow(score), x, (sde.t_min, sde.T)[::direction], method, **how)
-    if not solution.success:
-        raise SolverError(solution)
-    return solution.x
+    times = torch.tensor([sde.t_min, sde.T][::direction], dtype=torch.float64)
+    return flow(sde, score, x, times, method, **how)
 
 
 def _alike(a: Tensor, b: Tensor) -> None:

@@ -23,10 +23,10 @@ def lattice(d=1):
     """Data on the levels themselves, independent in d dimensions."""
     values = torch.linspace(-1, 1, LEVELS, dtype=torch.float64)
     if d == 1:
-        return GaussianMixture(values[:, None], 1e-12 * torch.ones(LEVELS, 1, 1), WEIGHTS)
+        return GaussianMixture(values[:, None], 1e-16 * torch.ones(LEVELS, 1, 1), WEIGHTS)
     means = torch.cartesian_prod(values, values)
     return GaussianMixture(
-        means, 1e-12 * torch.eye(2).expand(len(means), 2, 2), torch.outer(WEIGHTS, WEIGHTS).flatten()
+        means, 1e-16 * torch.eye(2).expand(len(means), 2, 2), torch.outer(WEIGHTS, WEIGHTS).flatten()
     )
 
 
@@ -37,7 +37,7 @@ def test_the_process_s_own_noise_makes_the_bound_exact_on_levels(name):
     out = bits_per_dim(sde, lattice().score(sde), K, levels=LEVELS, dequantization="truncated_normal", rtol=1e-6,
                        atol=1e-6, dtype=torch.float64, seed=0)  # fmt: skip
     torch.testing.assert_close(out.bits, -WEIGHTS.log2(), rtol=0, atol=2e-3)
-    assert bool(((out.bits + WEIGHTS.log2()).abs() <= 3 * out.error).all())
+    assert bool(((out.bits + WEIGHTS.log2()).abs() <= out.error + 1e-7).all())
     pair = torch.tensor([[0, 3], [2, 2], [4, 1]])
     out = bits_per_dim(sde, lattice(2).score(sde), pair, levels=LEVELS, dequantization="truncated_normal", rtol=1e-5,
                        atol=1e-5, dtype=torch.float64, seed=0)  # fmt: skip

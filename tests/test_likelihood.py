@@ -106,9 +106,8 @@ class _Linear:
 
         return score
 
-    def log_prob(self, x, a=1.0, s=0.0):
-        v = a**2 * self.ev + s**2
-        return (-0.5 * (x @ self.q) ** 2 / v - 0.5 * (2 * math.pi * v).log()).sum(1)
+    def log_prob(self, x):
+        return (-0.5 * (x @ self.q) ** 2 / self.ev - 0.5 * (2 * math.pi * self.ev).log()).sum(1)
 
 
 @pytest.mark.parametrize("probes", [4, 12, 40])
@@ -179,15 +178,18 @@ def test_a_single_probe_claims_no_error_bar(digits64):
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 def test_one_network_pass_per_right_hand_side(sde, divergence):
     """PITFALL 21: nfe is what a counter inside the network says, and its times lie inside the interval."""
-    times = []
+    times, points = [], []
 
     def score(x, t):
         times.append(t)
+        points.append(x.detach().clone())
         return gaussian_score(sde, 0.5)(x, t)
 
     x = 0.5 * sde.prior_sample((3, 4), seed=0, dtype=torch.float64) / float(sde.sigma(sde.T))
     out = log_likelihood(sde, score, x, divergence=divergence, probes=3, seed=0)
     assert out.nfe == len(times)
+    for i in range(1, len(times)):  # the drift and its divergence by one pass, not by two of the same point
+        assert not (torch.equal(times[i], times[i - 1]) and torch.equal(points[i], points[i - 1]))
     assert float(torch.cat(times).min()) >= sde.t_min
     assert float(torch.cat(times).max()) <= sde.T
     v0 = float(sde.alpha(sde.t_min) ** 2 * 0.25 + sde.sigma(sde.t_min) ** 2)
@@ -212,12 +214,12 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(sde, divergence):
 
 
 def test_density_error_is_not_diluted_by_the_state(digits64):
-    """PITFALL 20: at tolerance 1e-3 the mean error is .044 nats; with the density as one of 65 numbers it is .093."""
+    """PITFALL 20: .013 nats at tolerance 1e-3; .034 with the density as one of 65 numbers, .060 with it left out."""
     sde, (_, mixture) = VPSDE(), digits64
     x = sde.perturb(mixture.sample(16, seed=0, dtype=torch.float64), sde.t_min, seed=1)
     exact, at_T = mixture.at(sde, sde.t_min).log_prob(x), mixture.at(sde, sde.T).log_prob
     out = log_likelihood(sde, mixture.score(sde), x, rtol=1e-3, atol=1e-3, prior_log_prob=at_T)
-    assert float((out.log_prob - exact).abs().mean()) < 0.065
+    assert float((out.log_prob - exact).abs().mean()) < 0.022
 
 
 def test_vector_jacobian_products_are_chunked(monkeypatch):
@@ -253,6 +255,11 @@ def test_float32_network_and_module_state():
         ({"divergence": "hutchison"}, ValueError, "unknown divergence 'hutchison': did you mean 'hutchinson'"),
         ({"score": lambda x, t: x * math.nan}, FloatingPointError, "NaN or infinite values at t = 1e-05"),
         ({"score": torch.no_grad()(lambda x, t: -x)}, ValueError, "score must be differentiable in x"),
+        (
+            {"score": lambda x, t: torch.ones_like(x, requires_grad=True) * 2},
+            ValueError,
+            "score must be differentiable",
+        ),
         ({"prior_log_prob": lambda x: x}, ValueError, r"prior_log_prob must return shape \(2,\), got \(2, 2\)"),
     ],
 )
@@ -284,8 +291,8 @@ def test_an_exact_divergence_does_not_depend_on_the_batch_in_many_dimensions():
     assert torch.equal(alone.solver_error, whole.solver_error[2:3])
 
 
-def test_truncation_is_of_second_order_in_t_min():
-    """A later t_min: half of it leaves at most a sixth (an eighth by third order), within the error reported."""
+def test_what_is_left_of_the_truncation_falls_fast_with_t_min():
+    """Half of a late t_min leaves a 22nd here, within the error reported (a 9th with the mixed term's sign wrong)."""
     mixture, _ = random_mixture(4, d=2)
     x = mixture.sample(16, seed=0, dtype=torch.float64)
     left = []
@@ -296,7 +303,7 @@ def test_truncation_is_of_second_order_in_t_min():
         off = (out.truncation - (mixture.log_prob(x) - mixture.at(sde, t_min).log_prob(x))).abs()
         assert float((off <= out.truncation_error).double().mean()) >= 0.9
         left.append(float(off.mean()))
-    assert left[0] / left[1] > 6
+    assert left[0] / left[1] > 15
 
 
 def test_inference_mode_and_a_start_with_gradient():
@@ -307,3 +314,4 @@ def test_inference_mode_and_a_start_with_gradient():
     assert torch.equal(inside, log_likelihood(sde, mixture.score(sde), x).log_prob)
     _, out = sample_with_log_prob(sde, mixture.score(sde), (3, 2), x_T=x.requires_grad_(), rtol=1e-2, atol=1e-2)
     assert not out.log_prob.requires_grad
+    assert not out.latent.requires_grad

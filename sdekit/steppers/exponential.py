@@ -82,14 +82,11 @@ def grid_levels(system: Any, times: list[float]) -> Levels:
     return lv
 
 
-def integrand(kind: Prediction, churn: float, start: Levels, end: Levels, points: int | None = None) -> Integrand:
-    """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,).
-
-    ``points`` of quadrature: as many as the largest step needs, unless given.
-    """
+def integrand(kind: Prediction, churn: float, start: Levels, end: Levels) -> Integrand:
+    """The exact solution of the reverse family from each level of ``start`` (N,) to that of ``end`` (N,)."""
     k, lam_s = 1 + churn**2, end.lam[:, None]
     h = lam_s - start.lam[:, None]
-    points = points or (8 if k * float(h.detach().abs().max()) <= 0.5 else 24)
+    points = 8 if k * float(h.detach().abs().max()) <= 0.5 else 24  # what the largest step needs
     nodes, weights = QUADRATURE[points]
     at, dlam = start.lam[:, None] + h * nodes, h * weights
     log_phi, log_phi_s = kind.log_phi(at), kind.log_phi(lam_s)
