@@ -21,12 +21,13 @@ _DEQUANTIZATIONS = ("uniform", "truncated_normal")
 class BitsPerDim:
     """``bits`` (B,): an upper bound, in expectation over the dequantisation, on -log2 P(x)/D.
 
-    ``error`` (B,): in the same units, what the solver, the prior and the truncation may be off by, and the probes'
-    standard error (NaN from a single probe); not the spread of the dequantisation, which the bound is the mean over.
-    ``nfe``: network evaluations.
+    ``stderr`` and ``error`` (B,), in the same units: the probes' standard error (0 with exact divergence, NaN from a
+    single probe), and what the solver, the prior and the truncation may be off by. The spread of the dequantisation,
+    which the bound is the mean over, is in neither. ``nfe``: network evaluations.
     """
 
     bits: Tensor
+    stderr: Tensor
     error: Tensor
     nfe: int
 
@@ -57,7 +58,8 @@ def bits_per_dim(
     "uniform": q = 1/bin^D, p the density at t = 0 (Theis et al. 2016; Ho et al. 2019, eq. 3): for a model that was
     trained on dequantised data. "truncated_normal": q is the process's own noise at t_min, cut off at the bin, and p
     the density at t_min (Zheng et al. 2023, section 4): for a model that was trained on the levels' values themselves;
-    its P(x) is that of the marginal at t_min. Of a score that is not exact, p is normalised but for the corrections of
+    its P(x) is that of the marginal at t_min, a tight bound where sigma(t_min) is a third of a bin or so: a process may
+    be given a later ``t_min`` for it. Of a score that is not exact, p is normalised but for the corrections of
     both ends, so that this is a bound up to ``error``.
 
     Other arguments as in :func:`log_likelihood`; ``dtype`` of the state. Raises TypeError for x that is not of
@@ -98,9 +100,10 @@ def bits_per_dim(
         log_p = out.corrected if at_data else out.log_prob + out.prior_mismatch
         weights.append(log_p.to(values.dtype) - log_q)
         truncation = out.truncation_error if at_data else 0.0
-        errors.append(out.solver_error + out.prior_error + truncation + out.stderr)
+        errors.append(out.solver_error + out.prior_error + truncation)
         nfe += out.nfe
     log_weights = torch.stack(weights)
     bound = torch.logsumexp(log_weights, 0) - math.log(samples)
     error = (log_weights.softmax(0) * torch.stack(errors).to(bound)).sum(0)
-    return BitsPerDim(-bound / (d * math.log(2)), error / (d * math.log(2)), nfe)
+    unit = d * math.log(2)
+    return BitsPerDim(-bound / unit, out.stderr.to(bound) / unit, error / unit, nfe)  # stderr: 0 of more than one draw
