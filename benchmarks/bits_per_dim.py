@@ -3,17 +3,17 @@
     pip install -e ".[benchmarks]"
     python benchmarks/bits_per_dim.py          # trains two models, then a table; about half an hour on one thread
 
-Protocol: scikit-learn's 1,797 digits, 8x8, grey values 0 ... 16, split at random (seed 0) into 1,438 to train on and
+Protocol: scikit-learn's 1,797 digits, 8x8, greys 0 ... 16, split at random (seed 0) into 1,438 to train on and
 359 held out. One model for VP and one for sub-VP, each trained on the former for 4,000 steps with the settings of the
 bundled model (which has seen all images) and kept under --out. All bounds start at the same time, where
 sigma/alpha is a third of a bin: there is no detail below, and what a network makes of less noise only costs bits.
 
 "flow": bits_per_dim with truncated-normal dequantisation, Hutchinson's divergence with 4 probes, tolerance 1e-3.
 "continuous bound", "chain of N": variational_bound in continuous time, and in N steps. Bits per dimension are means
-over the images, +- 1.96 standard errors of the mean (images, dequantisation, probes and noise all vary in it); "budget": the
-mean of what solver and prior may be off by. Both bound the same thing, -log2 P of a model's images/64, for two models:
-the flow's density, and the chain; theory has the chain's above the continuous one, and that above the flow's own for an
-exact score. log2(17) = 4.09 is a model that knows nothing.
+over the images, +- 1.96 standard errors of the mean (images, dequantisation, probes and noise all vary in it);
+"budget": the mean of what solver and prior may be off by. They bound -log2 P(x)/64 of two models with one network: the
+flow's density, and the chain that ends in its decoder; of an exact score the chain's is above the continuous bound, and
+that above the flow's value. log2(17) = 4.09 is a model that knows nothing.
 """
 
 import argparse
