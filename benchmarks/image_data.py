@@ -1,11 +1,8 @@
 """Data sets, scores and feature spaces for the image benchmarks."""
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from sdekit import SDE, VPSDE
@@ -13,6 +10,7 @@ from sdekit.metrics import Extractor, batched, inception_extractor, load_feature
 from sdekit.pretrained import load_pretrained
 from sdekit.score import NetworkScore
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
+from sdekit.training.data import load_data
 from sdekit.training.digits import load_digits
 from sdekit.training.features import load_features, save_features, train_classifier
 from sdekit.training.networks import build
@@ -38,8 +36,11 @@ def digits(checkpoint: Path | None) -> Problem:
 
 def fashion_mnist(data: Path, checkpoint: Path | None, train_steps: int, out: Path) -> Problem:
     """Fashion-MNIST from IDX files; what is not given is trained here, kept under ``out``, and said."""
-    images = torch.tensor(read_idx(data, "train-images-idx3-ubyte"), dtype=torch.float32)[:, None] / 127.5 - 1
-    labels = torch.tensor(read_idx(data, "train-labels-idx1-ubyte"), dtype=torch.int64)
+    try:
+        loaded = load_data(str(data if data.is_dir() else data.parent))  # the folder of the IDX files, or a file in it
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"--data: {error}") from None
+    images, labels = loaded.items, loaded.labels
     if checkpoint is None:
         checkpoint = out / f"fashion-mnist-{train_steps}-steps.safetensors"
         if checkpoint.is_file():
@@ -79,22 +80,3 @@ def with_inception(problem: Problem, weights: Path) -> Problem:
     problem.extractor = features
     problem.metric = "FID (InceptionV3, pytorch-fid weights)"
     return problem
-
-
-def read_idx(path: Path, name: str) -> np.ndarray:
-    """The array of an IDX file: ``path`` is its folder, or a file in the folder; gzip or plain."""
-    if not path.exists():
-        raise SystemExit(f"--data: no file or folder {path}; give the folder of the IDX files")
-    folder = path if path.is_dir() else path.parent
-    for file in (folder / name, folder / f"{name}.gz"):
-        if file.is_file():
-            break
-    else:
-        raise SystemExit(f"--data: neither {name} nor {name}.gz in {folder}; give the folder of the IDX files")
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        rank = content[3]
-        shape = np.frombuffer(content, ">u4", rank, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError) as error:
-        raise SystemExit(f"--data: {file} is no IDX file of bytes, or is truncated: {error}") from None

@@ -2,20 +2,28 @@
 
     python benchmarks/overhead.py            # a table of ratios; a minute or two on one thread
 
-Protocol: the network is free (it returns a tensor it was given), one thread, float32, 300 steps (60 of the large
-shape), the whole call counted (tables of coefficients, checks). The bare loop is  y = a y + b d  once for every
-evaluation that the sampler makes, and  y + c randn  as often as the sampler draws noise, so that the ratio is the cost
-of an evaluation whatever the rule. Bare loop and sampler take turns; the ratio of a turn is that of its two neighbours,
-and the median over turns is printed, since absolute times depend on the machine and its other guests.
-A rule with a history has more to add up than the bare loop. peers.py prints this table with other libraries' loops.
+Protocol: the network is free (it returns a tensor it was given), one thread, float32. The bare loop is  y = a y + b d
+once for every evaluation that the sampler makes, and  y + c randn  as often as the sampler draws noise, so that the
+ratio is the cost of an evaluation whatever the rule. Each runs 512 and 128 steps (128 and 32 of the large shape): the
+difference is the cost of the steps, and what the shorter run has over its share of it is the set-up of a call (tables
+of coefficients, checks), in evaluations of the bare loop. Bare loop and sampler take turns, a turn's ratio is that of
+its two neighbours, and medians over turns are printed, since absolute times depend on the machine and its other guests.
+Memory once had is kept by the process (mallopt, where there is one): whether an allocation faults depends on all that
+ran before, and in some runs cost more than the sums.
+A rule with a history has more to add up than the bare loop. What these sums alone come to, in a plain loop that does
+nothing else and makes no tensor, is in brackets for the deterministic exponential rules: the part that is arithmetic.
+peers.py prints this table with other libraries' loops.
 """
 
 import argparse
 import csv
+import ctypes
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +32,8 @@ from torch import Tensor
 
 from sdekit import SAMPLERS, VPSDE, Noise, solve
 from sdekit.grids import make_grid
+from sdekit.steppers import RULES
+from sdekit.steppers.multistep import State
 
 SHAPES = ((1, 64), (64, 3, 32, 32))
 
@@ -69,29 +79,75 @@ def counts(name: str, steps: int) -> tuple[int, int]:
     return solve(system, d, make_grid(sde, "uniform", steps), row.rule, noise=noise).nfe, noise.draws
 
 
+def plan(name: str, steps: int) -> list[tuple[bool, int]]:
+    """Of each evaluation, by the rule's own table: whether its prediction is put in a new tensor, and how many are
+    added up. Empty for a rule that has no such table, or draws noise.
+    """
+    sde, row, d = VPSDE(), SAMPLERS[name], torch.zeros(1, 1)
+    if row.stochastic:
+        return []
+    if row.rule is RULES["ddim"]:
+        return [(False, 1)] * steps
+    state = row.rule.begin(sde.reverse(lambda x, t: d), make_grid(sde, "uniform", steps).tolist(), d)
+    if isinstance(state, State):
+        return [(True, len(weights)) for *_, weights, _ in islice(state.rows, steps)]
+    return [(e.kept or e.reach is not None, len(e.weights)) for stages in (state.rows if state else ()) for e in stages]
+
+
+def sums(d: Tensor, evaluations: list[tuple[bool, int]]) -> Callable[[], object]:
+    """The loop over a plan: the finite check's sum, the prediction, what is added up; no memory but its own."""
+    scale, total = torch.tensor(0.9), torch.zeros(())
+    past = deque(torch.zeros_like(d) for _ in range(max(count for _, count in evaluations)))
+
+    def loop() -> Tensor:
+        y, y_new = d.clone(), torch.empty_like(d)
+        for stored, count in evaluations:
+            torch.sum(d, None, out=total)
+            if stored:
+                past.rotate()
+                torch.add(y, d, alpha=1e-3, out=past[0])
+            torch.mul(y, scale, out=y_new)
+            for p in islice(past, count):
+                y_new.add_(p, alpha=1e-3)
+            y, y_new = y_new, y
+        return y
+
+    return loop
+
+
 class Loop(NamedTuple):
-    """A row of the table: ``counts(steps)`` are its evaluations and draws, ``make(d, steps)`` the loop itself."""
+    """A row of the table: ``counts(steps)`` are its evaluations and draws, ``make(d, steps)`` the loop itself,
+    ``plan(steps)`` what it adds up, where that is known.
+    """
 
     name: str
     counts: Callable[[int], tuple[int, int]]
     make: Callable[[Tensor, int], Callable[[], object]]
+    plan: Callable[[int], list[tuple[bool, int]]] = lambda steps: []
 
 
 def rows() -> list[Loop]:
-    return [Loop(name, partial(counts, name), partial(ours, name)) for name in SAMPLERS]
+    return [Loop(name, partial(counts, name), partial(ours, name), partial(plan, name)) for name in SAMPLERS]
 
 
 def measure(row: Loop, turns: int, shorter: int = 1) -> dict[str, object]:
-    """Of one row, at each shape: the ratio per evaluation, and its microseconds."""
+    """Of one row, at each shape: the ratio per evaluation, set-up, microseconds, and the ratio of its sums alone."""
+    keep_memory()
     (one, _), (two, _) = row.counts(20), row.counts(21)
     found: dict[str, object] = {"sampler": row.name, "evaluations a step": two - one}
     for shape in SHAPES:
-        steps = (300 if shape[0] == 1 else 60) // shorter
-        evaluations, draws = row.counts(steps)
-        found.setdefault("draws an evaluation", round(draws / evaluations, 2))
+        long = (512 if shape[0] == 1 else 128) // shorter
+        lengths = [(steps, *row.counts(steps)) for steps in (long // 4, long)]
+        evaluations = [n for _, n, _ in lengths]
+        found.setdefault("draws an evaluation", round(lengths[1][2] / evaluations[1], 2))
         d = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        times, took = ratio(bare(d, evaluations, draws), row.make(d, steps), turns)
-        found[f"ratio {shape}"], found[f"microseconds {shape}"] = round(times, 2), round(1e6 * took / evaluations, 1)
+        base = [bare(d, n, draws) for _, n, draws in lengths]
+        cost = compare(base, [row.make(d, steps) for steps, *_ in lengths], evaluations, turns)
+        found[f"ratio {shape}"], found[f"set-up {shape}"] = round(cost.ratio, 2), round(cost.set_up)
+        found[f"microseconds {shape}"] = round(1e6 * cost.seconds, 1)
+        plans = [row.plan(steps) for steps, *_ in lengths]
+        alone = compare(base, [sums(d, p) for p in plans], evaluations, turns).ratio if plans[0] else None
+        found[f"sums alone {shape}"] = "" if alone is None else round(alone, 2)
     return found
 
 
@@ -101,11 +157,37 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(base: Callable[[], object], run: Callable[[], object], turns: int) -> tuple[float, float]:
-    """The median over turns of the time of run over that of base, after one of each unmeasured; run's median time."""
-    seconds(base), seconds(run)
-    pairs = [(seconds(base), seconds(run)) for _ in range(turns)]
-    return statistics.median(b / a for a, b in pairs), statistics.median(b for _, b in pairs)
+def keep_memory() -> None:
+    """glibc: give nothing back to the kernel, and take no tensor from it directly."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another allocator
+        return
+    for option, value in ((-1, 2**30), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(option, value)
+
+
+class Cost(NamedTuple):
+    """Of an evaluation the ratio to the bare one, and seconds; of a call ``set_up``, in bare evaluations."""
+
+    ratio: float
+    set_up: float
+    seconds: float
+
+
+def compare(
+    base: list[Callable[[], object]], runs: list[Callable[[], object]], evaluations: list[int], turns: int
+) -> Cost:
+    """Medians over turns of a short and a long run of each, after one of each unmeasured."""
+    pairs = list(zip(base, runs, strict=True))
+    found = []
+    for turn in range(turns + 1):
+        (a_short, b_short), (a_long, b_long) = ((seconds(a), seconds(b)) for a, b in pairs)
+        more = evaluations[1] - evaluations[0]
+        bare_one, one = (a_long - a_short) / more, (b_long - b_short) / more
+        if turn:
+            found.append(Cost(one / bare_one, (b_short - evaluations[0] * one) / bare_one, one))
+    return Cost(*map(statistics.median, zip(*found, strict=True)))
 
 
 @torch.no_grad()
@@ -116,12 +198,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, {options.turns} turns, median ratio to the bare loop per evaluation")
-    print(f"{'':24}{'evaluations a step':>20}{'draws each':>12}" + "".join(f"{shape!s:>26}" for shape in SHAPES))
+    print(
+        f"{'':24}{'evaluations a step':>20}{'draws each':>12}"
+        + "".join(f"{shape!s:>21}{'set-up':>9}{'':9}" for shape in SHAPES)
+    )
     measured = []
     for row in rows():
         found = measure(row, options.turns)
         measured.append(found)
-        cells = "".join(f"{found[f'ratio {s}']:>15.2f} x {found[f'microseconds {s}']:>6.0f} us" for s in SHAPES)
+        cells = "".join(
+            f"{found[f'ratio {s}']:>10.2f} x {found[f'microseconds {s}']:>6.0f} us{found[f'set-up {s}']:>9}"
+            + (f" ({found[f'sums alone {s}']:.2f} x)" if found[f"sums alone {s}"] else " " * 9)
+            for s in SHAPES
+        )
         print(f"{row.name:24}{found['evaluations a step']:>20}{found['draws an evaluation']:>12}{cells}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / "overhead.csv", "w", newline="", encoding="utf-8") as file:

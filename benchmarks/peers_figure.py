@@ -124,15 +124,14 @@ def same_name_table(
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:
-    shapes = [key for key in rows[0] if key.startswith("ratio")]
-    names = " | ".join(shape.removeprefix("ratio ") for shape in shapes)
-    lines = [
-        f"| an evaluation beside its network, ratio to the bare loop | evaluations a step | draws each | {names} |"
-    ]
-    lines.append("|---" * (len(shapes) + 3) + "|")
+    """Markdown; also of the CSV's rows, whose values are text."""
+    columns = [key for key in rows[0] if key.split(" (")[0] in ("ratio", "set-up", "sums alone")]
+    lines = ["| sampler | evaluations a step | draws an evaluation | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for row in rows:
-        ratios = " | ".join(f"{row[shape]:.2f}" for shape in shapes)
-        lines.append(f"| {row['sampler']} | {row['evaluations a step']} | {row['draws an evaluation']} | {ratios} |")
+        found = ["" if row[key] == "" else f"{float(row[key]):.{0 if key[:3] == 'set' else 2}f}" for key in columns]
+        cells = [row["sampler"], row["evaluations a step"], row["draws an evaluation"], *found]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from sdekit.solution import Solution, SolverError
 from sdekit.solve import solve
 from sdekit.steppers import StepRule, step_rule
 from sdekit.system import System
+from sdekit.tables import BetaTable, SigmaTable
 from sdekit.thresholding import dynamic_threshold, static_threshold
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "BetaTable",
     "BitsPerDim",
     "BrownianPath",
     "Calibration",
@@ -40,6 +42,7 @@ __all__ = [
     "Noise",
     "Reverse",
     "Sampler",
+    "SigmaTable",
     "Solution",
     "SolverError",
     "StepRule",

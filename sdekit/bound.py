@@ -139,7 +139,7 @@ def log_bin_probability(quantization: Quantization, x: Tensor, mean: Tensor, std
     """log of N(mean, std^2) integrated over the bin of x, entry by entry, in float64  (Ho et al. 2020, eq. 13).
 
     The first and the last bin are open, so that over all levels it sums to one. To rounding however far the bin lies
-    in a tail: finite wherever (distance/std)^2 is.
+    in a tail: finite wherever (distance/std)^2 is, and so is its gradient with respect to the mean.
     """
     k = quantization.check(x)
     mean = mean.to(float64(mean.device))
@@ -150,13 +150,18 @@ def log_bin_probability(quantization: Quantization, x: Tensor, mean: Tensor, std
     # By symmetry the bin may lie left of the mean, where both distribution functions are small and exact.
     a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)
     log_b = torch.special.log_ndtr(b)
+    # Every branch below gets arguments at which it is finite, also where another is chosen: 0 times an infinite slope
+    # is NaN in the gradient. An open bin has no second edge; any does for it that leaves the bin a probability.
+    unbounded = torch.isinf(a)
+    a = torch.where(unbounded, b.clamp_max(0.0) - 1, a)
     # log ndtr(b) - log ndtr(a). In a tail, where both are huge, it is (a^2 - b^2)/2 + log of a ratio near one.
-    near = log_b - torch.special.log_ndtr(a)
-    u, v = torch.special.erfcx(-b / math.sqrt(2)), torch.special.erfcx(-a / math.sqrt(2))
-    gap = torch.where(b > -1, near, -half * (a + b) + (u / v).log())
+    near, tail = log_b - torch.special.log_ndtr(a), b <= -1
+    u, v = (torch.special.erfcx(-torch.where(tail, y, -1.0) / math.sqrt(2)) for y in (b, a))
+    gap = torch.where(tail, -half * (a + b) + (u / v).log(), near)
     # log(1 - e^-gap), by whichever of the two is exact  (Maechler 2012)
-    rest = torch.where(gap > math.log(2), torch.log1p(-torch.exp(-gap)), torch.log(-torch.expm1(-gap)))
-    return log_b + rest
+    log2 = math.log(2)
+    large, small = torch.log1p(-torch.exp(-gap.clamp_min(log2))), torch.log(-torch.expm1(-gap.clamp_max(log2)))
+    return log_b + torch.where(unbounded, 0.0, torch.where(gap > log2, large, small))
 
 
 def _chain(sde: SDE, grid: Grid, steps: int) -> Tensor:

@@ -16,8 +16,8 @@ def load_pretrained(name: str, device: torch.device | str | None = None) -> tupl
     """(sde, score) of a bundled model, ready for any sampler.
 
     "digits": scikit-learn's 1797 digits, event (1, 8, 8) in [-1, 1], VPSDE, a U-Net of 0.7M weights
-    (made by ``python -m sdekit.training.digits``). ``score.event`` and ``score.data_range`` tell the shape and
-    the bounds of the data. ``device``: where the weights go, the CPU unless given.
+    (made by ``python -m sdekit.training.digits``). ``score.event``, ``score.data_range`` and ``score.levels`` tell the
+    shape, the bounds and the number of grey values of the data. ``device``: where the weights go, the CPU unless given.
     Raises ValueError for an unknown name.
     """
     file = _checks.lookup(PRETRAINED, name, "pretrained model")

@@ -67,7 +67,7 @@ class Reverse(System):
     def _tabulated(self, times: list[float]) -> dict[float, Node]:
         time = torch.tensor(times, dtype=torch.float64)
         columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
-        return dict(zip(times, map(Node._make, zip(*columns, time.unbind(), strict=True)), strict=True))
+        return dict(zip(times, map(Node, *columns, time.unbind()), strict=True))
 
     def levels(self, times: Tensor) -> Levels:
         """alpha, sigma and half log-SNR at all times, in one vectorised call."""

@@ -1,5 +1,6 @@
 """Scores: any callable (x, t) -> like x. The only place that knows a network's time and output convention."""
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -58,14 +59,23 @@ def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tenso
     return _checks.lookup(_TARGETS, predicts, "prediction")(x0, eps, _Schedule(sde, t, x0))
 
 
+def eps_slope(predicts: str, sde: SDE, t: Tensor) -> Tensor:
+    """d eps/d output, of t's shape: eps is linear in what a network predicts, plus a term in x and t alone."""
+    zero = torch.zeros_like(t)
+    return _checks.lookup(PREDICTIONS, predicts, "prediction")(zero, torch.ones_like(t), _Schedule(sde, t, zero))
+
+
 class NetworkScore:
     """The score of a trained network; made by :func:`as_score`, called as ``score(x, t)``.
 
-    ``event`` and ``data_range``: the data's shape without the batch and their bounds, where a checkpoint tells them.
+    ``event``, ``data_range`` and ``levels``: the data's shape without the batch, their bounds, and of how many equal
+    steps between these they were (None: continuous), where a checkpoint tells them.
     """
 
     event: tuple[int, ...] | None = None
     data_range: tuple[float, float] | None = None
+    levels: int | None = None
+    _labels: Tensor | None = None
 
     def __init__(self, network: Callable[..., Tensor], sde: SDE, predicts: str, time: Callable[[Tensor], Tensor]):
         self.network, self.sde, self.predicts, self._time = network, sde, predicts, time
@@ -78,17 +88,36 @@ class NetworkScore:
         """Where the network's weights are; None for a plain callable. Samplers draw there by default."""
         return None if self._weight is None else self._weight.device
 
+    def given(self, labels: Tensor | int | None) -> "NetworkScore":
+        """The score of p(x | label): the network is called as network(x, t, labels).
+
+        ``labels``: one for all samples, or (B,), int64, one for each (with solvers that keep the batch together).
+        With None, as without, the network decides; those of :mod:`sdekit.training` then take no condition.
+        """
+        other = copy.copy(self)
+        other._labels = None if labels is None else torch.as_tensor(labels)
+        return other
+
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         """Score at x (B, *event) and t (0-d or (B,)), like x."""
         time = as_time(t, self.sde.T)
+        out, k = self.output(x, time), _Schedule(self.sde, time, x)
+        return -self._eps(x, out, k) / k.s
+
+    def output(self, x: Tensor, time: Tensor) -> Tensor:
+        """What the network itself says, a ``predicts`` like x, at x (B, *event) and time (0-d or (B,)), float64."""
         dtype = x.dtype if self._weight is None else self._weight.dtype
         # A time keeps at least float32: in bf16 it would have three digits.
         network_time = self._time(time.expand(x.shape[0])).to(x.device, torch.promote_types(dtype, torch.float32))
-        out = self.network(x.to(dtype), network_time).to(x.dtype)
+        condition: tuple[Tensor, ...] = ()
+        if self._labels is not None:
+            if self._labels.ndim and len(self._labels) != x.shape[0]:
+                raise ValueError(f"labels were given for {len(self._labels)} samples, and x has {x.shape[0]}")
+            condition = (self._labels.to(x.device).expand(x.shape[0]),)
+        out = self.network(x.to(dtype), network_time, *condition).to(x.dtype)
         if out.shape != x.shape:
             raise ValueError(f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-        k = _Schedule(self.sde, time, x)
-        return -self._eps(x, out, k) / k.s
+        return out
 
 
 def as_score(

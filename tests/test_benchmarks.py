@@ -1,12 +1,9 @@
 """The benchmarks run, count what they say, and write what they name."""
 
 import csv
-import gzip
-import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -82,17 +79,12 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_idx_files(tmp_path):
-    images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
-    content = struct.pack(">BBBBIII", 0, 0, 8, 3, 2, 3, 4) + images.tobytes()
-    (tmp_path / "plain").write_bytes(content)
-    (tmp_path / "packed.gz").write_bytes(gzip.compress(content))
-    np.testing.assert_array_equal(image_data.read_idx(tmp_path, "plain"), images)
-    np.testing.assert_array_equal(image_data.read_idx(tmp_path, "packed"), images)
-    (tmp_path / "short").write_bytes(content[:-1])
-    for name in ("short", "missing"):
-        with pytest.raises(SystemExit, match="--data"):
-            image_data.read_idx(tmp_path, name)
+def test_data_that_cannot_be_read_end_the_run_with_a_line(tmp_path):
+    with pytest.raises(SystemExit, match="--data: .*no images"):
+        image_data.fashion_mnist(tmp_path, None, 1, tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
+    with pytest.raises(SystemExit, match="--data: .*truncated"):
+        image_data.fashion_mnist(tmp_path, None, 1, tmp_path)
 
 
 def test_overhead_is_per_evaluation_and_counts_draws(monkeypatch, tmp_path, capsys):
@@ -105,11 +97,14 @@ def test_overhead_is_per_evaluation_and_counts_draws(monkeypatch, tmp_path, caps
     overhead.main()
     with (tmp_path / "overhead.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    columns = ["sampler", "evaluations a step", "draws an evaluation", "ratio (1, 4)", "microseconds (1, 4)"]
+    columns = ["sampler", "evaluations a step", "draws an evaluation"]
+    columns += ["ratio (1, 4)", "set-up (1, 4)", "microseconds (1, 4)", "sums alone (1, 4)"]
     assert list(found[0]) == columns
     assert {row["sampler"]: (row[columns[1]], row[columns[2]]) for row in found} == rows
-    assert loops == [(300, 0), (300, 300), (600, 300), (612, 2)]  # restart goes back twice, once a run
-    assert all(float(row["ratio (1, 4)"]) > 0 for row in found)
+    long = [(512, 0), (512, 512), (1024, 512), (1036, 2)]  # restart goes back twice, once a run
+    assert loops[1::2] == long
+    assert loops[::2] == [(128, 0), (128, 128), (256, 128), (268, 2)]
+    assert [row["sampler"] for row in found if row["sums alone (1, 4)"]] == ["ddim"]  # the one with a table, no noise
     assert "heun_sde" in capsys.readouterr().out
 
 
@@ -122,7 +117,10 @@ def test_the_bare_loop_draws_as_often_as_it_is_told(monkeypatch):
         assert len(drawn) == draws
 
 
-def test_the_ratio_is_the_median_over_turns(monkeypatch):
-    taken = iter([9.0, 9.0, 1.0, 2.0, 2.0, 10.0, 4.0, 12.0])  # base and run in turns, the first pair unmeasured
+def test_costs_are_medians_over_turns_of_differences(monkeypatch):
+    """base and run, short and long, in turns; the first turn is not counted. The long run has 10 evaluations more."""
+    turns = [(9, 9, 9, 99), (1, 7, 11, 37), (1, 9, 11, 29), (2, 8, 12, 48)]  # a step: 3, 2 and 4 for 1; 4, 7 and 4 over
+    taken = iter([float(t) for turn in turns for t in turn])
     monkeypatch.setattr(overhead, "seconds", lambda run: next(taken))
-    assert overhead.ratio(lambda: None, lambda: None, 3) == (3.0, 10.0)
+    nothing = [lambda: None] * 2
+    assert overhead.compare(nothing, nothing, [1, 11], 3) == overhead.Cost(ratio=3.0, set_up=4.0, seconds=3.0)

@@ -81,14 +81,26 @@ def test_what_is_said_of_twelve_seeds_is_the_results():
     assert f"{times:.2f} times the distance of the best fixed row, with a correlation of {common:.2f}" in README
 
 
-def test_the_table_of_overheads_is_the_results():
-    rows = {row["sampler"]: row for row in results("peers_overhead")}
-    _, table = shown("peers_overhead")
-    assert len(table) >= 20
-    for label, *values in table:
-        row = rows[label]
-        ratios = [f"{float(v):.2f}" for k, v in row.items() if k.startswith("ratio")]
-        assert values == [row["evaluations a step"], row["draws an evaluation"], *ratios]
+def test_what_is_said_of_a_model_trained_anew_is_the_results():
+    found = []
+    for name in ("nfe_vs_fid_digits_trained", "nfe_vs_fid_digits"):
+        means = {}
+        for row in results(name):
+            if row["sampler"] == "unipc_2":
+                means.setdefault(int(row["budget"]), []).append(float(row["distance"]))
+        assert sorted(means) == [5, 6, 10, 20]
+        found.append(" / ".join(f"{statistics.mean(v):.3g}" for _, v in sorted(means.items())))
+    assert f"{found[0]}, the bundled one's are {found[1]}" in README
+
+
+def test_the_table_of_overheads_is_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from peers_figure import overhead_table
+
+    lines = re.search(r"<!-- table:peers_overhead -->\n\n((?:\|.*\n)+)", README)
+    printed = overhead_table(results("peers_overhead")).splitlines()
+    assert lines[1].splitlines() == printed
+    assert len(printed) >= 20
 
 
 def test_the_table_of_peers_is_the_results():
@@ -133,6 +145,18 @@ def test_the_table_of_likelihoods_is_the_results(monkeypatch):
     rows = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in results("likelihood")]
     lines = re.search(r"<!-- table:likelihood -->\n\n((?:\|.*\n)+)", README)
     assert lines[1].splitlines() == likelihood.table(rows).splitlines()
+
+
+def test_the_table_of_bits_is_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bits_per_dim
+
+    lines = re.search(r"<!-- table:bits_per_dim -->\n\n((?:\|.*\n)+)", README)
+    assert lines[1].splitlines() == bits_per_dim.table(results("bits_per_dim")).splitlines()
+    by_bound = {(row["process"], row["bound"]): float(row["held out"]) for row in results("bits_per_dim")}
+    for process in ("VP", "sub-VP"):
+        flow, continuous, chain = (by_bound[process, b] for b in ("flow", "continuous bound", "chain of 100"))
+        assert flow < continuous < chain < 4.09  # what the README says of them
 
 
 def test_linked_files_exist():

@@ -110,7 +110,7 @@ def interpolate(kernel: Tensor, at: Tensor, nodes: Tensor) -> Tensor:
     away = [at - node for node in nodes[..., None].unbind(1)]
     before = accumulate(away[:-1], torch.mul, initial=kernel)
     after = [*accumulate(away[:0:-1], torch.mul)][::-1]
-    integrals = torch.stack([b * a for b, a in zip_longest(before, after, fillvalue=_ONE)], dim=1).sum(2)
+    integrals = torch.stack([(b * a).sum(1) for b, a in zip_longest(before, after, fillvalue=_ONE)], dim=1)
     apart = nodes[:, :, None] - nodes[:, None, :] + torch.eye(nodes.shape[1], dtype=torch.float64)
     return integrals / apart.prod(2)
 
@@ -123,8 +123,15 @@ def unit(scale: Tensor, mix: Tensor) -> Tensor:
     return torch.where(mix == 0, scale, mix)
 
 
-def stored(x: Tensor, score: Tensor, reach: float | None) -> Tensor:
-    """A prediction but for its unit, in a new tensor: a network may write its next result where this score is."""
+def stored(x: Tensor, score: Tensor, reach: float | None, spare: Tensor | None = None) -> Tensor:
+    """A prediction but for its unit, in memory of its own, ``spare`` if that can be had: a network may write its next
+    result over this score.
+    """
+    if spare is not None:
+        try:
+            return torch.mul(score, 1, out=spare) if reach is None else torch.add(x, score, alpha=reach, out=spare)
+        except RuntimeError:  # out= wants no gradients and no dual numbers
+            pass
     return score.clone() if reach is None else torch.add(x, score, alpha=reach)
 
 

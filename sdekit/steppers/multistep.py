@@ -56,33 +56,37 @@ class Table(NamedTuple):
         whole = unit(self.scale, self.mix)
         units = whole[(torch.arange(n)[:, None] - torch.arange(m)).clamp_min(0)]
         reach = (self.scale / whole).tolist() if bool(self.mix[0] != 0) else [None] * n
-        weights = [row if row[-1] else _trimmed(row) for row in (self.weights * units).tolist()]
-        rows = zip(self.time.unbind(), reach, scalars(self.linear, x), self.std.tolist(), weights, strict=True)
+        counts = _used(self.weights)
+        weights = [row[:used] for row, used in zip((self.weights * units).tolist(), counts, strict=True)]
+        corrected = [0] * n if self.correction is None else _used(self.correction)
+        past, needed = [], 0
+        for used in map(max, counts[::-1], corrected[::-1]):
+            needed = max(used - 1, needed - 1, 0)
+            past.append(needed)
+        columns = (self.time.unbind(), reach, scalars(self.linear, x), self.std.tolist(), weights, past[::-1])
 
         def corrections() -> Iterator[list[float]]:  # only where somebody asks
             if self.correction is not None:
-                yield from map(_trimmed, (self.correction * units).tolist())
+                yield from (row[:used] for row, used in zip((self.correction * units).tolist(), corrected, strict=True))
 
-        return State(rows, deque(maxlen=max(map(len, weights))), corrections())
+        return State(zip(*columns, strict=True), deque(), corrections())
 
 
 @dataclass
 class State:
-    """What is to come and what is past. It changes as the run goes on: a prediction that no row needs any more is gone
-    before the next x is made, so that its memory serves for that.
+    """What is to come and what is past. It changes as the run goes on: a prediction that no row needs any more gives
+    its memory to the next.
     """
 
-    rows: Iterator[tuple[Tensor, float | None, Tensor, float, list[float]]]  # time, reach, linear, std, weights
+    # time, reach, linear, std, weights, and how many predictions before its own this row or a later one needs
+    rows: Iterator[tuple[Tensor, float | None, Tensor, float, list[float], int]]
     history: deque[Tensor]  # predictions, newest first
     corrections: Iterator[list[float]]  # of x where each evaluation was made
 
 
-def _trimmed(row: list[float]) -> list[float]:
-    """Without the zeros at the end, which would each cost a pass over the state."""
-    used = len(row)
-    while used and row[used - 1] == 0:
-        used -= 1
-    return row[:used]
+def _used(rows: Tensor) -> list[int]:
+    """How many entries of each row there are up to the last that is not 0; each would cost a pass over the state."""
+    return ((rows != 0) * torch.arange(1, rows.shape[1] + 1)).amax(1).tolist()
 
 
 def multistep(
@@ -143,9 +147,12 @@ def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -
     row = next(state.rows, None)
     if row is None:
         raise ValueError("a multistep rule takes each step of its grid once; it cannot be repeated on an interval")
-    time, reach, linear, std, weights = row
-    state.history.appendleft(stored(x, system.score(x, time), reach))
-    x_s = weighted(x, linear, state.history, weights)
+    time, reach, linear, std, weights, past = row
+    score, history, spare = system.score(x, time), state.history, None
+    while len(history) > past:
+        spare = history.pop()
+    history.appendleft(stored(x, score, reach, spare))
+    x_s = weighted(x, linear, history, weights)
     if std:
         x_s.add_(noise.normal(), alpha=std)
     return x_s, state

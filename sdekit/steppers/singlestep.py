@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -34,6 +35,15 @@ class Stage(NamedTuple):
     carry: float  # of the noise in the x before, by the linear part from there
     std: float
     uses: Sequence[int]
+    kept: bool  # whether a later stage uses its prediction too
+
+
+@dataclass
+class State:
+    """The steps to come, and the memory of the last step's predictions, which serves for the next's."""
+
+    rows: Iterator[Any]  # of each step its stages; edm's with a scale and a std before them
+    spare: list[Tensor] = field(default_factory=list)
 
 
 # (c, uses): x at the fraction c of the step in half log-SNR, by the predictions of that number. Number 0 is made at the
@@ -56,10 +66,10 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
             f"stages must be pairs (c, uses) with 0 < c <= 1, the last c = 1, uses below j + 1; got {stages}"
         )
 
-    def begin(system: Any, times: list[float], x: Tensor) -> Iterator[Sequence[Stage]]:
+    def begin(system: Any, times: list[float], x: Tensor) -> State:
         lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
-        return tabulate(system, stages, prediction, clock, start, end, x)
+        return State(tabulate(system, stages, prediction, clock, start, end, x))
 
     return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
 
@@ -83,27 +93,33 @@ def tabulate(
         last = integrand(kind, system.churn, at[j], at[j + 1]) if system.churn and j else step
         weights = interpolate(step.kernel, to_clock(system, step.at), place[:, used]) * whole[:, used]
         numbers = (y.tolist() for y in (weights, last.linear, last.std))
-        linear = scalars(step.linear, x)
-        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used)))
+        linear, kept = scalars(step.linear, x), any(j in later for _, later in stages[j + 1 :])
+        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used), repeat(kept)))
     return zip(*columns, strict=True)
 
 
-def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-    """All stages of one step; the state is an iterator over the steps to come."""
-    return _stages(system, x, noise, next(state)), state
+def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
+    """All stages of one step."""
+    return _stages(system, x, noise, next(state.rows), state.spare), state
 
 
-def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage]) -> Tensor:
+def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage], spare: list[Tensor]) -> Tensor:
     predictions: list[Tensor] = []
+    own: list[Tensor] = []
     y, drawn = x, None
-    for time, reach, linear, weights, carry, std, uses in stages:
-        predictions.append(stored(y, system.score(y, time), reach))
+    for time, reach, linear, weights, carry, std, uses, kept in stages:
+        score = system.score(y, time)
+        if kept or reach is not None:
+            own.append(stored(y, score, reach, spare.pop() if spare else None))
+        predictions.append(own[-1] if kept or reach is not None else score)
+        del y, score  # so that their memory serves for the next y
         y = weighted(x, linear, [predictions[i] for i in uses], weights)
         if std:
             fresh = std * noise.normal()
             drawn = fresh if drawn is None else fresh.add_(drawn, alpha=carry)
         if drawn is not None:
             y.add_(drawn)
+    spare += own
     return y
 
 
@@ -128,30 +144,30 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
     if low >= high:
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
-    def begin(system: Any, times: list[float], x: Tensor) -> Iterator[tuple[float, float, Sequence[Stage]]]:
+    def begin(system: Any, times: list[float], x: Tensor) -> State:
         if churn and times[-1] > times[0]:
             raise ValueError(
                 f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
             )
         lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
+        if not churn:
+            return State(zip(repeat(1.0), repeat(0.0), tabulate(system, _HEUN, "eps", "karras", start, end, x)))
         r = torch.exp(-start.lam)
         more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
         top = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
         lam = torch.maximum(start.lam - more.log1p(), top.lam)
-        raised = start
-        if churn:
-            raised = system.levels(torch.where(lam < start.lam, system.sde.inverse_half_log_snr(lam), start.time))
+        raised = system.levels(torch.where(lam < start.lam, system.sde.inverse_half_log_snr(lam), start.time))
         scale = raised.alpha / start.alpha
         std = inflate * raised.alpha * (torch.exp(-2 * raised.lam) - torch.exp(-2 * start.lam)).clamp_min(0).sqrt()
         steps = tabulate(system, _HEUN, "eps", "karras", raised, end, x)
-        return zip(scale.tolist(), std.tolist(), steps, strict=True)
+        return State(zip(scale.tolist(), std.tolist(), steps, strict=True))
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        scale, std, stages = next(state)
+        scale, std, stages = next(state.rows)
         if std:
             x = torch.add(scale * x, noise.normal(), alpha=std)
-        return _stages(system, x, noise, stages), state
+        return _stages(system, x, noise, stages, state.spare), state
 
     return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0)
 
@@ -167,6 +183,7 @@ def restart(
     unless 0 < low < high, and for high above the process's highest level.
     """
     rule = edm(churn=0.0) if rule is None else as_rule(rule)
+    step = rule.step
     low, high = _checks.positive(low, "low"), _checks.positive(high, "high")
     repeats, steps = _checks.count(repeats, "repeats"), _checks.count(steps, "steps")
     if low >= high:
@@ -190,18 +207,18 @@ def restart(
         std = float(inner.alpha[0]) * math.sqrt(float(levels[0] ** 2 - r[i] ** 2))
         main = rule.begin(system, times[: i + 1], x)
         rest = rule.begin(system, times[i:], x) if i + 1 < len(times) else None
-        return times[i], scale, std, down, [rule.begin(system, down, x) for _ in range(repeats)], rest, main
+        return main, (times[i], scale, std, down, [rule.begin(system, down, x) for _ in range(repeats)], rest)
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        turn, scale, std, down, again, rest, main = state
-        x, main = rule(system, x, t, s, noise, main)
-        if s == turn:
+        main, turning = state
+        x, main = step(system, x, t, s, noise, main)
+        if s == turning[0]:
+            _, scale, std, down, again, main = turning
             for inner in again:
                 x = torch.add(scale * x, noise.normal(), alpha=std)
                 for u, v in pairwise(down):
-                    x, inner = rule(system, x, u, v, noise, inner)
-            main = rest
-        return x, (turn, scale, std, down, again, rest, main)
+                    x, inner = step(system, x, u, v, noise, inner)
+        return x, (main, turning)
 
     return StepRule(
         take, rule.evaluations, rule.order, begin=begin, extra=rule.extra + repeats * steps * rule.evaluations,

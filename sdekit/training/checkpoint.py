@@ -16,7 +16,8 @@ from sdekit import _checks
 from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
 from sdekit.score import PREDICTIONS, NetworkScore, as_score
 from sdekit.sde import SDE
-from sdekit.training.networks import NETWORKS, build
+from sdekit.tables import BetaTable, SigmaTable
+from sdekit.training.networks import NETWORKS, Preconditioned, build
 
 FORMAT = "sdekit-score-1"
 
@@ -26,6 +27,8 @@ PROCESSES: dict[str, tuple[type[SDE], tuple[str, ...]]] = {
     "SubVPSDE": (SubVPSDE, ("beta_min", "beta_max")),
     "VESDE": (VESDE, ("sigma_min", "sigma_max")),
     "HeatODE": (HeatODE, ("T",)),
+    "BetaTable": (BetaTable, ("betas",)),
+    "SigmaTable": (SigmaTable, ("sigmas",)),
 }
 
 
@@ -37,28 +40,30 @@ def save_checkpoint(
     *,
     event: Sequence[int] | None = None,
     data_range: tuple[float, float] | None = None,
+    levels: int | None = None,
+    config: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a trained network and its process to one safetensors file, whole or not at all.
 
-    ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`; ``sde``: a named process, as its constructor
-    made it; ``event``, ``data_range``: the data's shape without the batch, and their bounds, for whoever loads it;
-    ``dtype``: of the weights on disk (float16 halves the file).
+    ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`, or a :class:`Preconditioned` one; ``sde``: a named
+    process, as its constructor made it; ``event``, ``data_range``, ``levels``: the data's shape without the batch,
+    their bounds and number of levels (:class:`sdekit.quantization.Quantization`), for whoever loads it; ``config``: how
+    it was trained, as JSON, for whoever reads the file; ``dtype``: of the weights on disk (float16 halves the file).
 
     Raises ValueError for a network or process that cannot be rebuilt from its name and arguments.
     """
-    names = {kind: name for name, kind in NETWORKS.items()}
-    if type(network) not in names:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {type(network).__name__}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     _checks.lookup(PREDICTIONS, predicts, "prediction")
     about = {
-        "process": _describe_process(sde),
+        "process": describe_process(sde),
         "predicts": predicts,
-        "network": {"name": names[type(network)], "arguments": network.arguments},
+        "network": describe_network(network),
         "event": None if event is None else [int(n) for n in event],
         "data_range": None if data_range is None else [float(v) for v in data_range],
+        "levels": None if levels is None else int(levels),
+        "config": config,
     }
     write_tensors(path, network.state_dict(), FORMAT, about, dtype)
 
@@ -66,37 +71,47 @@ def save_checkpoint(
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str | None = None) -> tuple[SDE, NetworkScore]:
     """(sde, score) of a file of :func:`save_checkpoint`; the weights come back in float32, in evaluation mode.
 
-    ``device``: where the weights go, the CPU unless given. ``score.event`` and ``score.data_range`` are the
-    data's shape and bounds as saved, or None. Raises FileNotFoundError for a missing file, and ValueError for one
+    ``device``: where the weights go, the CPU unless given. ``score.event``, ``score.data_range`` and ``score.levels``
+    are the data's as saved, or None. Raises FileNotFoundError for a missing file, and ValueError for one
     that is truncated, of another format, or names an unknown process, prediction or network.
     """
     about, weights = read_tensors(path, FORMAT)
     try:
-        sde = _build_process(about["process"])
-        network = build(about["network"]["name"], **about["network"]["arguments"])
+        sde = build_process(about["process"])
+        network = build_network(about["network"], sde)
         network.load_state_dict(weights)
         score = as_score(network.eval().requires_grad_(False).to(device or "cpu"), sde, predicts=about["predicts"])
         score.event = about["event"] and tuple(about["event"])
         score.data_range = about["data_range"] and tuple(about["data_range"])
+        score.levels = about.get("levels")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} describes no score that can be rebuilt: {error}") from error
     return sde, score
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], form: str, about: dict[str, Any], dtype: torch.dtype
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    form: str,
+    about: dict[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Tensors and JSON to one safetensors file: beside it first, then moved over it in one go."""
+    """Tensors, in ``dtype`` or their own, and JSON to one safetensors file: beside it first, then moved over it."""
     path = Path(path)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.to(dtype)).all():
-            raise ValueError(f"weight {name} is not finite in {dtype}; train again, or save with dtype=torch.float32")
-    held = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+            raise ValueError(
+                f"weight {name} is not finite in {dtype or tensor.dtype}; train again, or save with dtype=torch.float32"
+            )
+    # copies, since tied weights share memory, which the format does not know
+    held = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     content = to_bytes(held, metadata={"format": form, "about": json.dumps(about)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(handle)  # on the disk before the name is: a crash leaves the old file or the new one
         os.chmod(temporary, 0o644)  # mkstemp's is for its owner alone
         os.replace(temporary, path)
     except BaseException:
@@ -105,13 +120,13 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(about, float32 tensors) of a file of :func:`write_tensors` with the format ``form``."""
+    """(about, tensors) of a file of :func:`write_tensors` with the format ``form``; half precision comes in float32."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {os.fspath(path)}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)} is truncated or no safetensors file: {error}") from error
     if metadata.get("format") != form:
@@ -125,12 +140,36 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any
     return about, tensors
 
 
-def _describe_process(sde: SDE) -> dict[str, Any]:
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """A network by its name and arguments; ValueError for one that is not known by name."""
+    if isinstance(network, Preconditioned):
+        return {**describe_network(network.network), "sigma_data": network.sigma_data}
+    names = {kind: name for name, kind in NETWORKS.items()}
+    if type(network) not in names:
+        raise ValueError(
+            f"network must be one of {', '.join(NETWORKS)} to be saved by name, got {type(network).__name__}"
+        )
+    return {"name": names[type(network)], "arguments": network.arguments}
+
+
+def build_network(described: dict[str, Any], sde: SDE, *, seed: int = 0) -> nn.Module:
+    """The network that :func:`describe_network` described, with first weights fixed by ``seed``."""
+    network = build(described["name"], seed=seed, **described["arguments"])
+    sigma_data = described.get("sigma_data")
+    return network if sigma_data is None else Preconditioned(network, sde, sigma_data)
+
+
+def describe_process(sde: SDE) -> dict[str, Any]:
+    """A process by its name and arguments; ValueError for one that is not known by name, or was changed."""
     name = type(sde).__name__
     if name not in PROCESSES or type(sde) is not PROCESSES[name][0]:
         raise ValueError(f"sde must be one of {', '.join(PROCESSES)} to be saved by name, got {name}")
-    described = {"name": name, "arguments": {key: float(getattr(sde, key)) for key in PROCESSES[name][1]}}
-    rebuilt = _build_process(described)
+    described = {"name": name, "arguments": {key: _plain(getattr(sde, key)) for key in PROCESSES[name][1]}}
+    rebuilt = build_process(described)
     probe = torch.linspace(sde.t_min, sde.T, 17, dtype=torch.float64)
     same = (rebuilt.T, rebuilt.t_min) == (sde.T, sde.t_min) and torch.equal(rebuilt.sigma(probe), sde.sigma(probe))
     if not same:
@@ -141,9 +180,15 @@ def _describe_process(sde: SDE) -> dict[str, Any]:
     return described
 
 
-def _build_process(described: dict[str, Any]) -> SDE:
+def build_process(described: dict[str, Any]) -> SDE:
+    """The process that :func:`describe_process` described."""
     make, known = _checks.lookup(PROCESSES, described["name"], "process")
     arguments = described["arguments"]
     if sorted(arguments) != sorted(known):
         raise ValueError(f"{described['name']} takes {', '.join(known)}, got {', '.join(arguments)}")
     return make(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    """A number or a tensor of them as JSON has it."""
+    return value.tolist() if isinstance(value, Tensor) else float(value)

@@ -27,7 +27,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'sdekit[benchmarks]'") from error
+        raise ImportError("the digits come with scikit-learn: pip install 'sdekit[train]'") from error
     digits = datasets.load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # grey values are 0 ... 16
     return images, torch.tensor(digits.target, dtype=torch.int64)
@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     sde = VPSDE()
     trained = train_digits(sde, images, steps=options.steps, seed=options.seed)
     path = options.out / "digits.safetensors"
-    save_checkpoint(path, trained.network, sde, "v", event=(1, 8, 8), data_range=(-1.0, 1.0), dtype=torch.float16)
+    save_checkpoint(
+        path, trained.network, sde, "v", event=(1, 8, 8), data_range=(-1.0, 1.0), levels=17, dtype=torch.float16
+    )
     size = sum(w.numel() for w in trained.network.parameters())
     print(
         f"diffusion model: {size:,} weights, loss {float(trained.losses[-200:].mean()):.4f} over the last 200 steps, "

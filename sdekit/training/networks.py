@@ -1,4 +1,8 @@
-"""Small networks to train: a U-Net for images and an MLP for vectors. network(x (B, *event), t (B,)) -> like x."""
+"""Small networks to train: a U-Net for images and an MLP for vectors. network(x (B, *event), t (B,)) -> like x.
+
+Written here, since what is on offer (diffusers' UNet2DModel) needs a large package, wants sizes that halve evenly, and
+takes its time in a convention of its own. Any other network (x, t) -> like x trains and samples as well.
+"""
 
 import inspect
 import math
@@ -10,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdekit import _checks
+from sdekit.sde import SDE
+from sdekit.system import expand, float64
 
 
 def time_features(t: Tensor, size: int) -> Tensor:
@@ -25,16 +31,28 @@ def time_features(t: Tensor, size: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, size) in the weights' dtype: sinusoids, then two linear layers."""
+    """t (B,) -> (B, size) in the weights' dtype: sinusoids, then two linear layers; of a class too, where it has any.
 
-    def __init__(self, size: int) -> None:
+    A class adds a vector of its own between the layers. Number ``classes``, and no labels at all, stand for none of
+    them: what a model learns there is the score without a condition, for classifier-free guidance (Ho & Salimans 2022).
+    """
+
+    def __init__(self, size: int, classes: int = 0) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.classes = size, _checks.count(classes, "classes", minimum=0)
         self.layers = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU())
+        if classes:
+            self.vectors = nn.Embedding(classes + 1, size)
+            nn.init.zeros_(self.vectors.weight)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """The embedding of t (B,)."""
-        return self.layers(time_features(t, self.size).to(next(self.parameters()).dtype))
+    def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The embedding of t (B,) and labels (B,), int64."""
+        h = self.layers[0](time_features(t, self.size).to(next(self.parameters()).dtype))
+        if self.classes:
+            h = h + self.vectors(torch.full_like(t, self.classes, dtype=torch.int64) if labels is None else labels)
+        elif labels is not None:
+            raise ValueError("labels were given to a network without classes; build it with classes=")
+        return self.layers[1:](h)
 
 
 class ResidualBlock(nn.Module):
@@ -77,12 +95,20 @@ class UNet(nn.Module):
     ``network(x, t)``: x (B, channels_in, H, W) of any H, W >= 1 (a level halves and rounds up, and comes back to
     the size it left, so odd sizes work), t (B,) in float32; returns like x, zero before training.
     ``width``: channels of the first level; ``multipliers``: of every level, times ``width``;
-    ``blocks``: residual blocks per level on the way down (one more on the way up, which takes the skip).
+    ``blocks``: residual blocks per level on the way down (one more on the way up, which takes the skip);
+    ``classes``: how many kinds of data ``network(x, t, labels)`` is told of, see :class:`TimeEmbedding`.
 
     Raises TypeError or ValueError for sizes that are no whole numbers > 0. Ronneberger et al. 2015; Ho et al. 2020.
     """
 
-    def __init__(self, channels_in: int = 1, width: int = 32, multipliers: Sequence[int] = (1, 2), blocks: int = 1):
+    def __init__(
+        self,
+        channels_in: int = 1,
+        width: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        classes: int = 0,
+    ) -> None:
         super().__init__()
         for name, value in (("channels_in", channels_in), ("width", width), ("blocks", blocks)):
             _checks.count(value, name)
@@ -91,9 +117,10 @@ class UNet(nn.Module):
             raise ValueError("multipliers must name at least one level, got none; try (1, 2)")
         self.arguments = {
             "channels_in": channels_in, "width": width, "multipliers": list(multipliers), "blocks": blocks,
+            "classes": classes,
         }  # fmt: skip
         embedding = 4 * width
-        self.time = TimeEmbedding(embedding)
+        self.time, self.classes = TimeEmbedding(embedding, classes), classes
         self.first = nn.Conv2d(channels_in, channels[0], 3, padding=1)
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
@@ -114,9 +141,9 @@ class UNet(nn.Module):
         del self.grow[-1]
         self.last = nn.Sequential(_norm(below), nn.SiLU(), _zeroed(nn.Conv2d(below, channels_in, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction, like x."""
-        embedding = self.time(t)
+        embedding = self.time(t, labels)
         h = self.first(x)
         skips = []
         for level, blocks in enumerate(self.down):
@@ -142,26 +169,52 @@ class MLP(nn.Module):
     Raises TypeError or ValueError for sizes that are no whole numbers > 0.
     """
 
-    def __init__(self, dim: int = 1, width: int = 64, layers: int = 3) -> None:
+    def __init__(self, dim: int = 1, width: int = 64, layers: int = 3, classes: int = 0) -> None:
         super().__init__()
-        self.arguments = {"dim": dim, "width": width, "layers": layers}
-        for name, value in self.arguments.items():
+        for name, value in (("dim", dim), ("width", width), ("layers", layers)):
             _checks.count(value, name)
+        self.arguments = {"dim": dim, "width": width, "layers": layers, "classes": classes}
         if width % 2:
             raise ValueError(f"width must be even, a sine and a cosine per frequency, got {width}")
-        self.time = TimeEmbedding(width)
+        self.time, self.classes = TimeEmbedding(width, classes), classes
         self.first = nn.Linear(dim, width)
         self.layers = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
         self.last = nn.Linear(width, dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction, like x."""
-        embedding, h = self.time(t), self.first(x)
+        embedding, h = self.time(t, labels), self.first(x)
         for layer in self.layers:
             h = h + functional.silu(layer(torch.cat([h, embedding], dim=1)))
         return self.last(h)
+
+
+class Preconditioned(nn.Module):
+    """A network in EDM's preconditioning, which predicts x_0:  c_skip y + c_out F(c_in y, log(r)/4), y = x/alpha,
+
+    c_skip = d^2/(r^2 + d^2),  c_out = r d/sqrt(r^2 + d^2),  c_in = 1/sqrt(r^2 + d^2),  at the level r = sigma/alpha of
+    any process, for data of standard deviation d = ``sigma_data``. Karras et al. 2022, eq. 7 and table 1.
+    To be trained with predicts="x0" and :func:`sdekit.training.objectives.edm` of the same ``sigma_data``, under which
+    F's own error has weight 1.
+    """
+
+    def __init__(self, network: nn.Module, sde: SDE, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network, self.sde, self.classes = network, sde, getattr(network, "classes", 0)
+        self.sigma_data = _checks.positive(sigma_data, "sigma_data")
+
+    def forward(self, x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        """E[x_0 | x_t = x], like x."""
+        time = t.to(float64(t.device))
+        lam = self.sde.half_log_snr(time)
+        r, d = torch.exp(-lam), self.sigma_data
+        norm = (r * r + d * d).sqrt()
+        skip, out, scale = (d * d / (norm * norm), r * d / norm, 1 / norm)
+        y = x / expand(self.sde.alpha(time), x)
+        f = self.network(expand(scale, x) * y, (-lam / 4).to(t.dtype), *condition)
+        return expand(skip, x) * y + expand(out, x) * f
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "MLP": MLP}

@@ -1,18 +1,27 @@
-"""Denoising score matching: a network learns what :func:`sdekit.score.prediction_target` says, by regression."""
+"""Training: a network learns the score of a process's marginals from data."""
 
+import csv
 import math
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sdekit import _checks
-from sdekit.score import PREDICTIONS, prediction_target
+from sdekit.score import PREDICTIONS, as_score
 from sdekit.sde import SDE
-from sdekit.system import expand
+from sdekit.training.distributed import Ranks
+from sdekit.training.draws import TIMES, Draws, Order, batches
 from sdekit.training.ema import EMA
+from sdekit.training.objectives import Objective, denoising
+from sdekit.training.state import load_state, save_state, states
 
 CHECK_EVERY = 50  # steps between looks at the loss: looking waits for the device
 
@@ -27,9 +36,12 @@ class Trained(NamedTuple):
 def train(
     network: nn.Module,
     sde: SDE,
-    data: Tensor,
+    data: Tensor | Dataset[Any],
     *,
+    labels: Tensor | None = None,
     predicts: str = "v",
+    objective: Objective | None = None,
+    times: str | Callable[[Tensor], Tensor] = "uniform",
     steps: int = 2000,
     batch: int = 128,
     lr: float = 1e-3,
@@ -38,85 +50,164 @@ def train(
     weight_decay: float = 0.0,
     clip: float = 1.0,
     ema: float = 0.999,
-    times: str | Callable[[Tensor], Tensor] = "low_discrepancy",
+    label_drop: float = 0.1,
     seed: int = 0,
     device: torch.device | str | None = None,
+    bf16: bool = False,
+    compile: bool = False,
+    workers: int = 0,
+    out: Path | str | None = None,
+    every: int = 1000,
+    resume: bool = False,
+    about: dict[str, Any] | None = None,
+    callback: Callable[[int, nn.Module], None] | None = None,
     progress: bool = False,
 ) -> Trained:
-    """Train ``network(x_t, t)`` on data (N, *event) by denoising score matching; it is trained in place.
+    """Train ``network(x_t, t)`` so that, predicting ``predicts``, it is the score of the process; in place.
 
-    The loss is  E w(t) |network(x_t, t) - target|^2  (mean over the event), x_t = alpha x_0 + sigma eps, with the
-    target of ``predicts`` and w = 1; for "score" w = sigma^2, without which t_min would be all of the loss.
-    As a weight of |eps error|^2 that is: 1 for "eps" and "score" (Vincent 2011; Ho et al. 2020, L_simple),
-    1/SNR for "x0", and for "v" ((alpha^2 + sigma^2)/alpha)^2, SNR + 1 as a weight of |x_0 error|^2 under VP
-    (Salimans & Ho 2022); "flow" is Lipman et al. 2023.
+    ``data``: (N, *event), or a dataset of such items, alone or as (item, label); ``labels`` (N,), int64, of a tensor's.
+    With labels the network is called as network(x_t, t, labels), a fraction ``label_drop`` of them replaced by
+    ``network.classes``, which stands for none (Ho & Salimans 2022). ``objective``: what is minimised, see
+    :mod:`sdekit.training.objectives`; denoising score matching unless given.
 
-    ``times``: how t lies in [t_min, T]: "uniform"; "low_discrepancy", one uniform shift of an even grid per batch,
-    which has less variance (Kingma et al. 2021, appendix I.1); or a callable from u (B,) in [0, 1), which is of
-    low discrepancy, to t. AdamW with gradients clipped to norm ``clip``; ``lr`` rises over ``warmup`` steps and
-    then falls as a cosine to 0 or stays ("constant"). ``ema``: see :class:`sdekit.training.ema.EMA`.
-    ``seed`` fixes the data order, times and noise (the network brings its own first weights, see
-    :func:`sdekit.training.networks.build`); the global RNG is not touched,
-    unless the network itself draws from it (dropout).
-    ``device``: cuda if there is one, else the CPU.
+    ``times``: how t lies in [t_min, T]: a name of :data:`sdekit.training.draws.TIMES`, or a callable from u (B,) in
+    [0, 1) to t. u is one uniform shift of an even grid per batch, which has less variance than independent draws.
+    AdamW with gradients clipped to norm ``clip``; ``lr`` rises over ``warmup`` steps and then falls as a cosine to 0 or
+    stays ("constant"). ``ema``: see :class:`sdekit.training.ema.EMA`. ``seed`` fixes data order, times, noise and
+    dropped labels (the network brings its own first weights, see :func:`sdekit.training.networks.build`); the global
+    RNG is not touched, unless the network itself draws from it (dropout).
 
-    Raises ValueError or TypeError that names the argument, and FloatingPointError for a loss that is not finite.
+    ``device``: cuda if there is one, else the CPU; ``bf16``: the network in autocast; ``compile``: ``torch.compile``;
+    ``workers``: processes that load a dataset's items. Where a process group is set up (``torchrun``), the batch is
+    shared among its processes, whose number changes the result by rounding only.
+
+    ``out``: a folder for the run's state, saved ``every`` so many steps and at the end, and for metrics.csv. A run that
+    was stopped, however, goes on from there with ``resume=True`` and the same arguments, and on a CPU ends with the
+    same bits (but for what a dataset or a network draws for itself: augmentation, dropout). ``about``: what else must
+    be the same then, as JSON. ``callback(step, averaged network)`` is called after each save, in the first process.
+
+    Raises ValueError or TypeError that names the argument, FloatingPointError for a loss that is not finite, and
+    FileExistsError where ``out`` holds a run and resume is False.
     """
+    _checks.instance(sde)
     _checks.lookup(PREDICTIONS, predicts, "prediction")
-    steps, batch = _checks.count(steps, "steps"), _checks.count(batch, "batch")
+    steps, batch, every = (_checks.count(n, s) for n, s in ((steps, "steps"), (batch, "batch"), (every, "every")))
+    if not 0 <= label_drop < 1:
+        raise ValueError(f"label_drop must be a fraction of at least 0 and below 1, got {label_drop!r}")
     warmup, seed = _checks.count(warmup, "warmup", minimum=0), _checks.count(seed, "seed", minimum=0)
     lr, clip = _checks.positive(lr, "lr"), _checks.positive(clip, "clip")
     decay = _checks.lookup({"cosine": _cosine, "constant": lambda fraction: 1.0}, schedule, "schedule")
-    even = callable(times) or _checks.lookup({"low_discrepancy": True, "uniform": False}, times, "times")
+    to_time = times if callable(times) else _checks.lookup(TIMES, times, "times")(sde)
+    objective = objective or denoising()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks, run = Ranks.here(), None if out is None else Path(out)
+    settings = {
+        "predicts": predicts, "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "schedule": schedule,
+        "weight_decay": weight_decay, "clip": clip, "ema": ema, "label_drop": label_drop, "seed": seed, "bf16": bf16,
+        "times": times if isinstance(times, str) else "a callable", "process": _fingerprint(sde), **(about or {}),
+    }  # fmt: skip
+
     network.to(device).train()
-    weight = next(w for w in network.parameters() if w.is_floating_point())
-    data = _checks.state(data, "data").to(device, weight.dtype)
+    weight = next((w for w in network.parameters() if w.is_floating_point()), None)
+    if weight is None:
+        raise ValueError(f"network must have weights to train, {type(network).__name__} has none")
+    settings["items"] = len(data)  # type: ignore[arg-type]
+    if isinstance(data, Tensor):
+        data = _checks.state(data, "data")
+        settings["data's sum"] = float(data.double().sum())
+    if labels is not None and not (isinstance(data, Tensor) and len(labels) == len(data)):
+        raise ValueError("labels must be one for each item of a data tensor; a dataset brings its own")
     average = EMA(network, ema)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)) * decay(step / steps)
-    )
-    generator = torch.Generator(device).manual_seed(seed)
-    losses: list[Tensor] = []
-    bar = tqdm(range(1, steps + 1), disable=not progress, desc="training")
-    for step in bar:
-        x0 = data[torch.randint(len(data), (batch,), generator=generator, device=device)]
-        u = unit_times(batch, generator, even=even)
-        t = times(u) if callable(times) else sde.t_min + (sde.T - sde.t_min) * u
-        eps = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
-        loss = matching_loss(network, sde, predicts, x0, eps, t)
+    done, losses = 0, torch.zeros(0)
+    if run is not None:
+        run.mkdir(parents=True, exist_ok=True)
+        if ranks.first:
+            for unfinished in run.glob("*.safetensors*.part"):  # what was being written when the run was killed
+                unfinished.unlink()
+        if resume:
+            done, losses = load_state(run, network, average, optimizer, settings)
+        elif states(run):
+            raise FileExistsError(
+                f"{run} holds a run already: resume=True (--resume) goes on with it; or choose another folder"
+            )
+    module: nn.Module = DistributedDataParallel(network) if ranks.world > 1 else network
+    score = as_score(torch.compile(module) if compile else module, sde, predicts=predicts)
+    log = Metrics(run if ranks.first else None, done)
+
+    draws = Draws(seed, batch, ranks, device)
+    order = Order(len(data), draws, done + 1, steps)  # type: ignore[arg-type]
+    loader = batches(data, labels, order, weight.dtype, workers)
+    classes = getattr(network, "classes", None)
+    if run is not None and done == steps and callback is not None and ranks.first:
+        callback(steps, average.network)  # it may have been killed before it did
+    recent: list[Tensor] = []
+    bar = tqdm(loader, disable=not (progress and ranks.first), desc="training", initial=done, total=steps)
+    for step, (x0, kinds) in enumerate(bar, start=done + 1):
+        draws.enter(step)
+        t = to_time(draws.levels())
+        if kinds is not None and label_drop:
+            if not classes:
+                raise ValueError("label_drop needs network.classes, the label that stands for none; or set it to 0")
+            kinds = torch.where(draws.uniform() < label_drop, classes, kinds)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / (warmup + 1)) * decay((step - 1) / steps)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = objective(score.given(kinds), x0, t, partial(draws.normal, x0)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
-        rate.step()
         average.update(network)
-        losses.append(loss.detach().float())
-        if step % CHECK_EVERY == 0 or step == steps:
-            recent = torch.stack(losses[-CHECK_EVERY:])
-            _finite(recent, step - len(recent) + 1)
-            bar.set_postfix(loss=f"{float(recent.mean()):.4f}")
+        recent.append(loss.detach().float())
+        saving = run is not None and (step % every == 0 or step == steps)
+        if len(recent) == CHECK_EVERY or step == steps or saving:
+            found = ranks.mean(torch.stack(recent)).cpu()
+            _finite(found, step - len(recent) + 1)
+            losses, recent = torch.cat([losses, found]), []
+            bar.set_postfix(loss=f"{float(found.mean()):.4f}")
+            log.row(step, float(found.mean()), float(norm), batch)
+        if saving and ranks.first:
+            save_state(run, step, network, average, optimizer, losses, settings)  # type: ignore[arg-type]
+            if callback is not None:
+                callback(step, average.network)
+        if saving:
+            ranks.wait()
     network.eval()
-    return Trained(average.network, torch.stack(losses).cpu())
+    return Trained(average.network, losses)
 
 
-def matching_loss(network: nn.Module, sde: SDE, predicts: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """The loss of :func:`train` for the pairs (x_0, eps) (B, *event) at t (B,), float64; a 0-d tensor."""
-    alpha, sigma = expand(sde.alpha(t), x0), expand(sde.sigma(t), x0)
-    target = prediction_target(predicts, sde, x0, eps, t)
-    out = network(alpha * x0 + sigma * eps, t.to(torch.promote_types(x0.dtype, torch.float32)))
-    if out.shape != x0.shape:
-        raise ValueError(f"the network must return x's shape {tuple(x0.shape)}, got {tuple(out.shape)}")
-    error = (out - target).float()
-    return (sigma.float() * error if predicts == "score" else error).square().mean()
+class Metrics:
+    """metrics.csv: a row per look at the loss; those past the step that a run goes on from are dropped."""
+
+    fields = ("step", "loss", "gradient_norm", "samples_per_second")
+
+    def __init__(self, folder: Path | None, done: int) -> None:
+        self.path = None if folder is None else folder / "metrics.csv"
+        self.step, self.time = done, time.perf_counter()
+        if self.path is None:
+            return
+        kept = []
+        if done and self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(self.fields) and row[0].isdigit()]
+            kept = [row for row in rows if int(row[0]) <= done]
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self.fields, *kept])
+
+    def row(self, step: int, loss: float, norm: float, batch: int) -> None:
+        """After ``step``: the mean loss since the row before, and the last gradient's norm before clipping."""
+        now = time.perf_counter()
+        if self.path is not None:
+            rate = (step - self.step) * batch / max(now - self.time, 1e-9)
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([step, f"{loss:.6g}", f"{norm:.4g}", f"{rate:.1f}"])
+        self.step, self.time = step, now
 
 
-def unit_times(batch: int, generator: torch.Generator, *, even: bool) -> Tensor:
-    """u (batch,) in [0, 1), float64 on the generator's device, each uniform; ``even``: (U + i/batch) mod 1."""
-    count = 1 if even else batch
-    u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return (u + torch.arange(batch, dtype=u.dtype, device=u.device) / batch) % 1 if even else u
+def _fingerprint(sde: SDE) -> list[Any]:
+    times = torch.linspace(sde.t_min, sde.T, 5, dtype=torch.float64)
+    return [type(sde).__name__, *sde.alpha(times).tolist(), *sde.sigma(times).tolist()]
 
 
 def _cosine(fraction: float) -> float:

@@ -1,15 +1,19 @@
 """Training finds the score: targets in closed form, a Gaussian learnt to its exact score, seeds, errors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from sdekit import VESDE, VPSDE, GaussianMixture, SubVPSDE, as_score
+from sdekit import VESDE, VPSDE, GaussianMixture, HeatODE, SubVPSDE, as_score
 from sdekit.score import PREDICTIONS
+from sdekit.training.distributed import Ranks
+from sdekit.training.draws import Draws, Order, lognormal
 from sdekit.training.ema import EMA
 from sdekit.training.networks import build, seeded
-from sdekit.training.trainer import matching_loss, train, unit_times
+from sdekit.training.objectives import denoising
+from sdekit.training.trainer import train
 
 
 def gaussian_data(n=2000, std=0.5, mean=1.0):
@@ -53,8 +57,10 @@ def test_a_perfect_network_has_no_loss(predicts, sde):
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 64, 3, generator=generator, dtype=torch.float64)
     t = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)
-    assert float(matching_loss(Target(sde, predicts, x0), sde, predicts, x0, eps, t)) < 1e-8
-    assert float(matching_loss(Target(sde, predicts, x0 + 1), sde, predicts, x0, eps, t)) > 1e-2
+    for shift, low, high in ((0, 0, 1e-8), (1, 1e-2, 1e9)):
+        losses = denoising()(as_score(Target(sde, predicts, x0 + shift), sde, predicts), x0, t, lambda: eps)
+        assert losses.shape == (64,)
+        assert low <= float(losses.mean()) < high
 
 
 def test_the_score_is_weighted_by_sigma_squared():
@@ -62,8 +68,8 @@ def test_the_score_is_weighted_by_sigma_squared():
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 4096, 1, generator=generator, dtype=torch.float64)
     t = torch.full((4096,), 1e-4, dtype=torch.float64)
-    loss = matching_loss(lambda x, t: torch.zeros_like(x), sde, "score", x0, eps, t)
-    assert float(loss) == pytest.approx(1.0, abs=0.1)  # unweighted it is 1/sigma^2 = 1e5
+    loss = denoising()(as_score(lambda x, t: torch.zeros_like(x), sde), x0, t, lambda: eps)
+    assert float(loss.mean()) == pytest.approx(1.0, abs=0.1)  # unweighted it is 1/sigma^2 = 1e5
 
 
 @pytest.mark.parametrize("predicts", ["v", "eps", "x0", "score"])
@@ -94,15 +100,125 @@ def test_a_seed_reproduces_bit_for_bit_and_leaves_the_global_rng():
     assert a.losses.shape == (20,)
 
 
-@pytest.mark.parametrize("even", [True, False])
-def test_times_are_uniform_and_even_ones_fill_every_gap(even):
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([unit_times(50, generator, even=even) for _ in range(400)])
+def steps_of(draw, steps, batch=50, world=1, rank=0):
+    """What the steps 1, 2, ... draw by ``draw``, stacked."""
+    draws, found = Draws(3, batch, Ranks(rank, world), torch.device("cpu")), []
+    for step in range(1, steps + 1):
+        draws.enter(step)
+        found.append(draw(draws))
+    return torch.stack(found)
+
+
+def test_times_are_uniform_and_fill_every_gap():
+    draws = steps_of(Draws.levels, 400)
     assert ((draws >= 0) & (draws < 1)).all()
     assert draws[:, 7].mean() == pytest.approx(0.5, abs=0.06)  # each entry alone is uniform: 4 standard errors
     assert draws[:, 7].std() == pytest.approx(12**-0.5, abs=0.03)
     gaps = draws.sort(1).values.diff(dim=1)
-    assert bool((gaps - 1 / 50).abs().max() < 1e-12) == even
+    assert (gaps - 1 / 50).abs().max() < 1e-12
+
+
+def test_what_a_step_draws_is_a_function_of_the_step_and_the_place_in_the_batch():
+    """So a run resumes, and two processes draw between them what one draws."""
+    like = torch.zeros(6, 2)
+
+    def draw(draws):
+        return torch.cat([draws.levels()[:, None], draws.uniform()[:, None], draws.normal(like), draws.normal(like)], 1)
+
+    whole = steps_of(draw, 5, batch=6)
+    assert torch.equal(whole[3:], steps_of(draw, 5, batch=6)[3:])
+    assert len(torch.unique(whole[..., 1:])) == whole[..., 1:].numel()
+    shares = [steps_of(draw, 5, 6, world=2, rank=r) for r in range(2)]
+    assert torch.equal(whole, torch.cat(shares, 1))
+
+
+def test_every_item_once_in_an_epoch_in_another_order_each():
+    draws = Draws(0, 4, Ranks(0, 1), torch.device("cpu"))
+    seen = [i for chosen in Order(10, draws, 1, 15) for i in chosen]
+    assert len(seen) == 60
+    epochs = [seen[k : k + 10] for k in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+    assert [i for chosen in Order(10, draws, 8, 15) for i in chosen] == seen[28:]
+
+
+def test_lognormal_times_have_its_quantiles_and_stay_inside():
+    sde = HeatODE()
+    u = (torch.arange(4001, dtype=torch.float64) + 0.5) / 4001
+    log_r = sde.sigma(lognormal(sde)(u)).log()
+    assert log_r.mean() == pytest.approx(-1.2, abs=2e-3)
+    assert log_r.std() == pytest.approx(1.2, rel=2e-3)
+    cut = VPSDE()
+    t = lognormal(cut, mean=5.0, std=3.0)(u)
+    assert t.max() <= cut.T
+    assert t.min() >= cut.t_min
+
+
+def test_labels_are_told_and_dropped_at_the_rate_asked_for():
+    told = []
+
+    class Watch(torch.nn.Linear):
+        classes = 3
+
+        def forward(self, x, t, labels):
+            told.append(labels)
+            return super().forward(x)
+
+    labels = torch.arange(90) % 3
+    train(line(Watch), VPSDE(), labels[:, None].float(), labels=labels, steps=100, batch=30, label_drop=0.2)
+    kinds = torch.cat(told)
+    # 3,000 draws of 0.2: 5 standard errors are 0.037, a false alarm in two million
+    assert (kinds == 3).double().mean() == pytest.approx(0.2, abs=0.037)
+    assert set(kinds.tolist()) == {0, 1, 2, 3}
+
+
+def test_labels_cannot_be_dropped_where_none_stands_for_that():
+    class Plain(torch.nn.Linear):
+        def forward(self, x, t, labels):
+            return super().forward(x)
+
+    labels = torch.arange(10) % 2
+    with pytest.raises(ValueError, match=r"network\.classes"):
+        train(line(Plain), VPSDE(), labels[:, None].float(), labels=labels, steps=1)
+    train(line(Plain), VPSDE(), labels[:, None].float(), labels=labels, steps=1, label_drop=0.0)
+
+
+def test_a_compiled_network_trains_to_the_same_loss(monkeypatch):
+    """Compiled without a compiler of C++: what is traced is the whole of it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    one, two = (
+        train(build("MLP", width=8, layers=1), VPSDE(), gaussian_data(100), steps=3, batch=16, compile=c).losses
+        for c in (False, True)
+    )
+    assert torch.allclose(one, two, rtol=1e-5)
+
+
+def test_a_dataset_trains_as_the_tensor_does():
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            return data[i], int(i % 2)
+
+    data = gaussian_data(100)
+    before = torch.random.get_rng_state()
+    runs = [
+        train(build("MLP", width=8, layers=1, classes=2), VPSDE(), source, labels=labels, steps=12, batch=16, workers=w)
+        for source, labels, w in ((data, torch.arange(100) % 2, 0), (Items(), None, 0), (Items(), None, 1))
+    ]
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    assert torch.equal(runs[0].losses, runs[2].losses)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_bf16_trains_to_nearly_the_same_loss():
+    losses = [
+        train(build("MLP", width=32), VPSDE(), gaussian_data(), steps=60, batch=256, bf16=b).losses
+        for b in (False, True)
+    ]
+    assert not torch.equal(*losses)
+    assert losses[1][-20:].mean() == pytest.approx(float(losses[0][-20:].mean()), rel=0.05)
 
 
 def test_times_may_be_drawn_by_a_callable_and_reach_both_ends():
@@ -169,6 +285,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         ({"schedule": "cos"}, "cosine"),
         ({"times": "even"}, "times"),
         ({"lr": -1.0}, "lr"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

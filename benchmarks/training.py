@@ -1,0 +1,133 @@
+"""What does the trainer cost beside a bare loop over the same network and batch?
+
+    pip install -e ".[benchmarks]"
+    python benchmarks/training.py            # a table; a few minutes on one thread
+
+Protocol: the bundled model's U-Net (0.7M weights) on batches of 64 of 8x8 images, and one of 0.6M weights on 16 images
+28x28, one thread, float32. The bare loop draws data, t and noise by torch.rand and torch.randn, and does forward,
+backward, clipping, AdamW and the average of the weights, as any script would; "without average and clipping" leaves
+these two out. Loops and trainer take turns, 8 and 24 steps each (the difference is the steps without the set-up); the
+ratio of a turn is that of neighbours, and medians over turns are printed. Memory is the peak resident set of a process
+that runs one of the two and nothing else, less what the imports take.
+"""
+
+import argparse
+import copy
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sdekit import VPSDE
+from sdekit.training.networks import build
+from sdekit.training.trainer import train
+
+PROBLEMS: dict[str, tuple[dict, tuple[int, ...], int]] = {
+    "8x8, batch 64": ({"width": 32, "multipliers": (1, 2)}, (1, 8, 8), 64),
+    "28x28, batch 16": ({"width": 16, "multipliers": (1, 2, 4)}, (1, 28, 28), 16),
+}
+
+
+def make(problem: str) -> tuple[nn.Module, Tensor, int]:
+    arguments, event, batch = PROBLEMS[problem]
+    data = torch.randn(1000, *event, generator=torch.Generator().manual_seed(0))
+    return build("UNet", **arguments), data, batch
+
+
+def bare(problem: str, *, whole: bool = True) -> Callable[[int], None]:
+    """The loop as a script would have it, for VP and a network that predicts v."""
+    network, data, batch = make(problem)
+    average = copy.deepcopy(network) if whole else None
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+
+    def loop(steps: int) -> None:
+        for _ in range(steps):
+            x0 = data[torch.randint(len(data), (batch,), generator=generator)]
+            t = torch.rand(batch, generator=generator)
+            eps = torch.randn(x0.shape, generator=generator)
+            log_alpha = (-0.5 * (0.1 * t + 9.95 * t**2))[:, None, None, None]
+            alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+            loss = (network(alpha * x0 + sigma * eps, t) - (alpha * eps - sigma * x0)).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if average is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            if average is not None:
+                with torch.no_grad():
+                    for a, w in zip(average.parameters(), network.parameters(), strict=True):
+                        a.lerp_(w, 1e-3)
+
+    return loop
+
+
+def trainer(problem: str) -> Callable[[int], None]:
+    network, data, batch = make(problem)
+
+    def loop(steps: int) -> None:
+        train(network, VPSDE(), data, steps=steps, batch=batch, device="cpu")
+
+    return loop
+
+
+LOOPS: dict[str, Callable[[str], Callable[[int], None]]] = {
+    "bare loop": bare,
+    "bare loop, without average and clipping": lambda problem: bare(problem, whole=False),
+    "trainer": trainer,
+}
+
+
+def per_step(run: Callable[[int], None], short: int, long: int) -> float:
+    times = []
+    for steps in (short, long):
+        start = time.perf_counter()
+        run(steps)
+        times.append(time.perf_counter() - start)
+    return (times[1] - times[0]) / (long - short)
+
+
+def memory(problem: str, loop: str) -> float:
+    """Peak megabytes of a process that runs one loop, over those after its imports."""
+    command = [sys.executable, __file__, "--memory-of", loop, "--problem", problem]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--memory-of", choices=LOOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--problem", choices=PROBLEMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory_of:
+        before = peak()
+        LOOPS[options.memory_of](options.problem)(10)
+        print(peak() - before)
+        return
+    print(f"torch {torch.__version__}, one thread, {options.turns} turns\n")
+    print("| | trainer / bare | / without average, clipping | MB, trainer | MB, bare |\n|---|---|---|---|---|")
+    for problem in PROBLEMS:
+        runs = {name: build_loop(problem) for name, build_loop in LOOPS.items()}
+        for run in runs.values():
+            run(2)
+        turns = [{name: per_step(run, 8, 24) for name, run in runs.items()} for _ in range(options.turns)]
+        ratios = [statistics.median(t["trainer"] / t[name] for t in turns) for name in list(LOOPS)[:2]]
+        used = [memory(problem, name) for name in ("trainer", "bare loop")]
+        print(f"| {problem} | {ratios[0]:.3f} | {ratios[1]:.3f} | {used[0]:.0f} | {used[1]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

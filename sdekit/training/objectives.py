@@ -1,0 +1,245 @@
+"""What training minimises: objectives (score, x_0, t, normal) -> one loss per sample, (B,).
+
+All look at x_t = alpha x_0 + sigma eps, divide by D, the entries of a sample, and (``denoising`` with a weighting of
+its own and ``variational`` aside) differ from  E sigma^2 |score - true score|^2 / D  by a number that does not depend
+on the network: the same minimiser on the same scale. sigma^2 keeps every noise level in the loss; unweighted, the
+lowest would be all of it.
+
+``score`` is a :class:`sdekit.score.NetworkScore`, x_0 (B, *event), t (B,) in float64, and ``normal()`` the next
+standard normal tensor like x_0, the only source of randomness: eps first, then the projections. Losses are float32,
+or float64 for float64 data, and keep a graph to the weights where gradients are enabled.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.bound import log_bin_probability
+from sdekit.quantization import Quantization
+from sdekit.score import NetworkScore, eps_slope, prediction_target
+from sdekit.sde import SDE
+from sdekit.system import Score, expand
+
+Objective = Callable[[NetworkScore, Tensor, Tensor, Callable[[], Tensor]], Tensor]
+Weighting = Callable[[SDE, Tensor], Tensor]
+
+_NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """(r^2 + d^2)/(r d)^2 of |x_0 error|^2, r = sigma/alpha, d = ``sigma_data``  (Karras et al. 2022, table 1)."""
+    d = _checks.positive(sigma_data, "sigma_data")
+    return lambda sde, t: 1 + 1 / (d * d * sde.snr(t))
+
+
+# Weights of |eps error|^2. An error in x_0 is sigma/alpha times that in eps, one in the score 1/sigma times.
+# "simple" has none of its own: it is 1 on the error of whatever is predicted, but sigma^2 on that of a score.
+WEIGHTINGS: dict[str, Weighting | None] = {
+    "simple": None,
+    # g^2 |score error|^2: 1/2 of its integral over t is the bound in nats per dimension  (Song, Durkan et al. 2021)
+    "likelihood": lambda sde, t: sde.coefficients(t).g2 / sde.sigma(t) ** 2,
+    # min(SNR, 5) |x_0 error|^2  (Hang et al. 2023)
+    "min_snr": lambda sde, t: (5 / sde.snr(t)).clamp_max(1.0),
+    "edm": edm(),
+}
+
+
+def denoising(weighting: str | Weighting = "simple") -> Objective:
+    """Denoising score matching:  w(t) |network(x_t, t) - target|^2 / D  (Vincent 2011).
+
+    The target is :func:`sdekit.score.prediction_target`. ``weighting``: a name in WEIGHTINGS, or a callable
+    (sde, t (B,)) -> weights (B,) of |eps error|^2; so that one model has one loss whatever it predicts. Under "simple",
+    which is 1 on the prediction's own error ("score": sigma^2), the weight of |eps error|^2 is
+    1 for "eps" and "score" (Ho et al. 2020, L_simple), 1/SNR for "x0", and for "v" ((alpha^2 + sigma^2)/alpha)^2,
+    SNR + 1 as a weight of |x_0 error|^2 under VP (Salimans & Ho 2022); "flow" is Lipman et al. 2023.
+
+    Raises ValueError for an unknown weighting, and for a network that does not return x's shape.
+    """
+    weight = weighting if callable(weighting) else _checks.lookup(WEIGHTINGS, weighting, "weighting")
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        x, eps = _noised(score.sde, x0, t, normal)
+        error = _wide(score.output(x, t) - prediction_target(score.predicts, score.sde, x0, eps, t))
+        if weight is None:
+            w = score.sde.sigma(t) ** 2 if score.predicts == "score" else torch.ones_like(t)
+        else:
+            w = weight(score.sde, t) * eps_slope(score.predicts, score.sde, t) ** 2
+        return w.to(error) * _mean(error.square())
+
+    return objective
+
+
+def implicit() -> Objective:
+    """Implicit score matching:  sigma^2 (|s|^2 + 2 div s)/D  at x_t  (Hyvarinen 2005).
+
+    The divergence is exact, D products with the Jacobian that gradients pass through: for small D.
+    Raises ValueError where the network's output has no path to x.
+    """
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        x, _ = _noised(score.sde, x0, t, normal)
+        d = x[0].numel()
+        units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+        square, products = _square_and_products(score, x, t, units)
+        return _scaled(score.sde, t, square + 2 * products.sum(0) / d)
+
+    return objective
+
+
+def sliced(projections: int = 1) -> Objective:
+    """Sliced score matching:  sigma^2 (|s|^2 + 2 mean_v v . d(v . s)/dx)/D  (Song et al. 2019, SSM-VR).
+
+    v: ``projections`` Rademacher vectors per sample, one product with the Jacobian each; the mean over all v is
+    :func:`implicit`. Raises ValueError where the network's output has no path to x.
+    """
+    projections = _checks.count(projections, "projections")
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        x, _ = _noised(score.sde, x0, t, normal)
+        square, products = _square_and_products(score, x, t, [_signs(normal()) for _ in range(projections)])
+        return _scaled(score.sde, t, square + 2 * products.mean(0) / x[0].numel())
+
+    return objective
+
+
+def finite_difference(projections: int = 1, step: float = 0.1) -> Objective:
+    """Finite-difference score matching:  sigma^2 mean_v (|s+ + s-|^2/4 + v . (s+ - s-)/h)/D,  s+- = s(x_t +- h v).
+
+    :func:`sliced` without second derivatives: h = ``step`` sigma(t) and two evaluations per Rademacher
+    vector v (so a network must not be random itself). It exceeds sliced, with d along v, by
+
+        sigma^2 h^2 (s . d^2 s + v . d^3 s/3)/D + O(h^4) = O(step^2)
+
+    since the k-th derivative of a score that varies over sigma is of the order of sigma^-(k + 1); nothing where the
+    score is affine. Rounding adds some 1e-7 |x|/(step sigma) in float32, the reason why ``step`` is not smaller.
+    Pang et al. 2020, FD-SSM with SSM-VR's square.
+    """
+    projections, step = _checks.count(projections, "projections"), _checks.positive(step, "step")
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        x, _ = _noised(score.sde, x0, t, normal)
+        h = step * expand(score.sde.sigma(t), x)
+        draws = []
+        for _ in range(projections):
+            v = _signs(normal())
+            up, down = _wide(score(x + h * v, t)), _wide(score(x - h * v, t))
+            draws.append(_mean((up + down).square() / 4 + v * (up - down) / h))
+        return _scaled(score.sde, t, torch.stack(draws).mean(0))
+
+    return objective
+
+
+def explicit(reference: Score) -> Objective:
+    """Explicit score matching:  sigma^2 |s - reference(x_t, t)|^2 / D  against a score that is known.
+
+    Raises ValueError where ``reference`` does not return x's shape.
+    """
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        x, _ = _noised(score.sde, x0, t, normal)
+        with torch.no_grad():
+            known = reference(x, t)
+        if known.shape != x.shape:
+            raise ValueError(f"reference must return x's shape {tuple(x.shape)}, got {tuple(known.shape)}")
+        return _scaled(score.sde, t, _mean(_wide(score(x, t) - known).square()))
+
+    return objective
+
+
+def variational(quantization: Quantization | None = None) -> Objective:
+    """DDPM's L_vlb (Ho et al. 2020, eq. 5; fixed variance) in nats per dimension, from one term per sample.
+
+    For a process with a table of times t_1 < ... < t_N, ``sde.times``, and t drawn uniformly from it, the mean is the
+    bound without its first term L_T, which has no parameters. With lam the half log-SNR the loss at t_i is
+
+        i > 1    N (e^{2 (lam_{i-1} - lam_i)} - 1)/2 |eps - eps^|^2 / D
+        i = 1    -N log p(x_0|x_1) / D
+
+    where p is N(x_0^(x_1), (sigma/alpha)^2 I) at t_1: integrated over the bins of ``quantization`` (x_0 are then its
+    values; :func:`sdekit.bound.log_bin_probability`), or its density where there is none.
+    Raises ValueError for a process without ``times`` and for t that are not among them.
+    """
+
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        sde = score.sde
+        times = getattr(sde, "times", None)
+        if times is None:
+            raise ValueError(f"sde must have a table of times, as BetaTable and SigmaTable; got {type(sde).__name__}")
+        times = times.to(t)
+        n = len(times)
+        index = torch.searchsorted(times, t.contiguous()).clamp_max(n - 1)
+        if not torch.equal(times[index], t):
+            raise ValueError(f"t must be among sde.times, {n} times from {float(times[0]):g} to {float(times[-1]):g}")
+        lam = sde.half_log_snr(times)
+        x, eps = _noised(sde, x0, t, normal)
+        out, sigma = score(x, t), expand(sde.sigma(t), x)
+        error = _mean(_wide(eps + sigma * out).square())  # eps^ = -sigma score
+        gaps = torch.cat([lam[:1], lam[:-1]]) - lam
+        loss = (n / 2 * torch.expm1(2 * gaps))[index].to(error) * error
+        first = index == 0
+        if not first.any():
+            return loss
+        if quantization is None:  # x_0 - x_0^ = sigma/alpha (eps^ - eps)
+            decoder = error[first] / 2 + math.log(2 * math.pi) / 2 - lam[0].to(error)
+        else:
+            mean = ((x + sigma**2 * out) / expand(sde.alpha(t), x))[first]
+            levels = ((x0[first].double() - quantization.low) / quantization.bin).round().long()
+            decoder = -_mean(log_bin_probability(quantization, levels, mean, math.exp(-float(lam[0])))).to(error)
+        return loss.index_put((first,), n * decoder)
+
+    return objective
+
+
+# The objectives that need no argument, by name.
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "denoising": denoising,
+    "implicit": implicit,
+    "sliced": sliced,
+    "finite_difference": finite_difference,
+    "variational": variational,
+}
+
+
+def _noised(sde: SDE, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """(x_t, eps)."""
+    eps = normal()
+    mean, std = sde.marginal(x0, t)
+    return mean + std * eps, eps
+
+
+def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """|s|^2/D (B,), and v . (ds/dx)^T v (n, B) for each of n vectors like x."""
+    graph, products = torch.is_grad_enabled(), []
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        s = score(x, t)
+        if not s.requires_grad:
+            raise ValueError(_NO_GRADIENT)
+        for v in vectors:
+            (jv,) = torch.autograd.grad(s, x, v, create_graph=graph, retain_graph=True, allow_unused=True)
+            if jv is None:  # a graph to the weights, none to x
+                raise ValueError(_NO_GRADIENT)
+            products.append((_wide(v) * _wide(jv)).reshape(len(x), -1).sum(1))
+    return _mean(_wide(s).square()), torch.stack(products)
+
+
+def _signs(z: Tensor) -> Tensor:
+    return torch.ones_like(z).copysign(z)
+
+
+def _scaled(sde: SDE, t: Tensor, y: Tensor) -> Tensor:
+    """sigma^2 y, (B,)."""
+    return (sde.sigma(t) ** 2).to(y) * y
+
+
+def _mean(y: Tensor) -> Tensor:
+    """The mean over the event, (B,)."""
+    return y.reshape(len(y), -1).mean(1)
+
+
+def _wide(y: Tensor) -> Tensor:
+    """At least float32: half precision squares and sums badly."""
+    return y.to(torch.promote_types(y.dtype, torch.float32))

@@ -1,0 +1,220 @@
+"""The command line: one config in three forms, a checkpoint that is enough for all the rest, errors in a line."""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from sdekit import GaussianMixture, sample
+from sdekit.cli import main
+from sdekit.training.checkpoint import load_checkpoint
+from sdekit.training.config import HELP, Config, add_flags, from_flags
+
+DIGITS = str(resources.files("sdekit") / "assets" / "digits.safetensors")
+SMALL = "--network-args width=8 multipliers=[1,1] --batch 16 --device cpu"
+
+
+def run(flags, **paths):
+    """The command line ``flags``, with paths filled in."""
+    main([flag.format(**paths) for flag in flags.split()])
+
+
+def parsed(*flags):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return from_flags(parser.parse_args(flags))
+
+
+def test_a_config_is_the_same_as_flags_as_json_and_as_itself(tmp_path):
+    flags = (
+        "--data a.npz --size 32 --process VESDE --process-args sigma_max=20 --conditional --sigma-data 0.5 --lr 0.1 "
+        "--network-args width=16 multipliers=[1,2] --steps 7"
+    )
+    config = parsed(*flags.split())
+    assert config == Config(
+        data="a.npz",
+        size=32,
+        process="VESDE",
+        process_args={"sigma_max": 20},
+        conditional=True,
+        network_args={"width": 16, "multipliers": [1, 2]},
+        sigma_data=0.5,
+        lr=0.1,
+        steps=7,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.json()))
+    assert parsed("--config", str(tmp_path / "config.json")) == config
+    assert parsed("--config", str(tmp_path / "config.json"), "--steps", "9", "--no-conditional") == dataclasses.replace(
+        config, steps=9, conditional=False
+    )
+    assert parsed() == Config()
+    assert list(HELP) == [option.name for option in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("{", ValueError, "no JSON"),
+        ("[1]", ValueError, "JSON object"),
+        ('{"step": 3}', ValueError, "did you mean 'steps'"),
+        ('{"steps": "3"}', TypeError, "steps in .* must be int, got '3'"),
+        ('{"steps": true}', TypeError, "steps in .* must be int"),
+        ('{"size": 1.5}', TypeError, "size in .* must be int or NoneType"),
+    ],
+)
+def test_a_bad_config_is_named(tmp_path, content, error, message):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(error, match=message):
+        parsed("--config", str(tmp_path / "c.json"))
+
+
+def test_train_sample_nll(tmp_path, capsys):
+    """Small and short: the files are there, and a checkpoint's path is all that sample and nll need."""
+    out, score = tmp_path / "run", str(tmp_path / "run" / "score.safetensors")
+    run(f"train --steps 4 --every 2 --overfit 32 --conditional --out {{out}} {SMALL}", out=out)
+    steps = {
+        f"{kind}-00000000{k}.{end}" for kind, end in (("samples", "png"), ("state", "safetensors")) for k in (2, 4)
+    }
+    assert {p.name for p in out.iterdir()} == {"metrics.csv", "score.safetensors", *steps}
+    with safetensors.safe_open(score, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert Config.of(about["config"], "the checkpoint") == parsed("--config", score)
+    assert parsed("--config", score).steps == 4
+    assert about["network"]["arguments"]["classes"] == 10
+
+    run(
+        "sample {score} --number 5 --nfe 3 --batch 2 --label 7 --out {out} --device cpu",
+        score=score,
+        out=tmp_path / "s",
+    )
+    x = np.load(tmp_path / "s.npz")["x"]
+    sde, loaded = load_checkpoint(score)
+    assert (loaded.event, loaded.levels, loaded.data_range) == ((1, 8, 8), 17, (-1.0, 1.0))
+    one = sample(sde, loaded.given(7), (1, 1, 8, 8), nfe=3, seed=0, ids=[4])
+    assert torch.allclose(torch.from_numpy(x[4:]), one, atol=1e-4)
+    assert (tmp_path / "s.png").is_file()
+
+    capsys.readouterr()
+    run("nll {score} --number 3 --probes 1 --tol 0.1 --device cpu", score=score)
+    printed = capsys.readouterr().out
+    assert "bits/dim, 17 levels" in printed
+    assert 0 < float(printed.split()[0]) < 20
+
+
+def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
+    """A Gaussian learnt in a few steps: nats near its entropy, which both a sign and a missing term would miss."""
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + 1
+    np.save(tmp_path / "x.npy", x.numpy())
+    flags = "--steps 400 --batch 256 --lr 1e-2 --ema 0.98 --network-args width=32 layers=2 --device cpu"
+    run(f"train --data {{data}} {flags} --out {{out}}", data=tmp_path / "x.npy", out=tmp_path / "run")
+    capsys.readouterr()
+    score = str(tmp_path / "run" / "score.safetensors")
+    run("nll {score} --data {data} --number 500 --probes 0 --device cpu", score=score, data=tmp_path / "x.npy")
+    printed = capsys.readouterr().out
+    assert "nats" in printed
+    truth = GaussianMixture(torch.ones(1, 2), 0.25 * torch.eye(2)[None])
+    assert float(printed.split()[0]) == pytest.approx(-float(truth.log_prob(x[:500]).mean()), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--process", "VPSD"], "did you mean 'VPSDE'"),
+        (["train", "--process-args", "beta_mx=3"], "did you mean 'beta_max'"),
+        (["train", "--objective", "denoise"], "did you mean 'denoising'"),
+        (["train", "--weighting", "minsnr"], "did you mean 'min_snr'"),
+        (["train", "--network", "MLP"], "does not fit items"),
+        (["train", "--network-args", "widht=3"], "not \\['widht'\\]"),
+        (["train", "--data", "nowhere"], "'nowhere' is none"),
+        (["train", "--overfit", "5000"], "1797"),
+        (["train", "--overfit", "-3"], "number of items must be at least 1"),
+        (["train", "--size", "32"], "size and channels are for a folder"),
+        (["train", "--sigma-data", "0.5"], "set predicts to x0, got v"),
+        (["train", "--objective", "sliced", "--weighting", "edm"], "weighting is of denoising"),
+        (["train", "--times", "table"], "BetaTable, SigmaTable.*got VPSDE"),
+        (["train", "--label-drop", "1.5"], "label_drop must be a fraction"),
+        (["train", "--device", "nosuch"], "device 'nosuch' cannot be used"),
+        (["nll", DIGITS, "--data", "digits", "--batch", "0"], "--batch must be at least 1"),
+        (["nll", DIGITS, "--data", "x.npy"], "holds items .* of None levels .*, and .* 17"),
+        (["nll", DIGITS], "config"),
+        (["sample", DIGITS, "--number", "0"], "--number must be at least 1"),
+        (["sample", DIGITS, "--label", "3"], "--label must be one of .* 0 classes, got 3"),
+        (["sample", "nothing.safetensors"], "no checkpoint at nothing"),
+    ],
+)
+def test_bad_input_ends_with_a_line_that_names_it(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((200, 1, 8, 8), np.float32))
+    out = ["--out", "run", "--steps", "1"] if arguments[0] == "train" else []
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    with pytest.raises(SystemExit, match=f"^sdekit {arguments[0]}: .*{message}"):
+        main([*arguments, *out, *device])
+
+
+def test_a_refused_run_leaves_the_one_that_is_there(tmp_path):
+    flags = f"train --steps 1 --overfit 16 --out {tmp_path / 'run'} {SMALL}"
+    run(flags)
+    with pytest.raises(SystemExit, match="--resume"):
+        run(f"{flags} --weighting edm")
+    with pytest.raises(SystemExit, match="weighting = 'simple' \\(now 'edm'\\)"):
+        run(f"{flags} --weighting edm --resume")
+    (tmp_path / "run" / "score.safetensors").unlink()  # as if it had been killed between the state and this
+    run(f"{flags} --resume")
+    assert (tmp_path / "run" / "score.safetensors").is_file()
+
+
+def test_resuming_with_another_config_is_refused(tmp_path):
+    flags = f"train --steps 1 --overfit 16 --out {tmp_path / 'run'} {SMALL}"
+    run(flags)
+    run(f"{flags} --resume --every 3")
+    with pytest.raises(SystemExit, match="weighting = 'simple' \\(now 'edm'\\)"):
+        run(f"{flags} --resume --weighting edm")
+
+
+def test_every_process_trains_and_comes_back(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32))
+    tables = {"BetaTable": "betas=[0.1,0.2,0.4]", "SigmaTable": "sigmas=[0.1,1.0,3.0]"}
+    for process in ("VPSDE", "SubVPSDE", "VESDE", "HeatODE", *tables):
+        more = f"--process-args {tables[process]} --times table" if process in tables else ""
+        out = tmp_path / process
+        flags = f"--process {process} {more} --steps 2 --batch 8 --network-args width=8 --device cpu"
+        run(f"train --data {{data}} {flags} --out {{out}}", data=tmp_path / "x.npy", out=out)
+        sde, _ = load_checkpoint(out / "score.safetensors")
+        assert type(sde).__name__ == process
+
+
+def torchrun(processes, flags):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "sdekit", *flags.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """gloo on the CPU: the same draws, so the same losses but for rounding; and the same samples, bit for bit."""
+    for world in (1, 2):
+        torchrun(world, f"train --steps 60 --warmup 0 --every 30 --overfit 200 --out {tmp_path / str(world)} {SMALL}")
+    states = [safetensors.torch.load_file(tmp_path / f"{w}" / "state-000000060.safetensors") for w in (1, 2)]
+    one, two = (state["losses"] for state in states)
+    assert one.shape == two.shape == (60,)
+    assert torch.allclose(one, two, rtol=1e-4)
+    assert one[-10:].mean() < 0.8 * one[:10].mean()  # and it learnt
+    for name in states[0]:
+        if name.startswith(("network.", "average.")):
+            assert torch.allclose(states[0][name], states[1][name], atol=1e-4), name
+    score = tmp_path / "1" / "score.safetensors"
+    for world in (1, 2):
+        flags = f"--number 11 --batch 4 --nfe 5 --out {tmp_path / f's{world}'} --device cpu"
+        torchrun(world, f"sample {score} {flags}")
+    a, b = (np.load(tmp_path / f"s{w}.npz")["x"] for w in (1, 2))
+    assert a.shape == (11, 1, 8, 8)
+    assert np.array_equal(a, b)
