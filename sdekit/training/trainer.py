@@ -1,6 +1,7 @@
 """Training: a network learns the score of a process's marginals from data."""
 
 import csv
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -114,7 +115,8 @@ def train(
     settings["items"] = len(data)  # type: ignore[arg-type]
     if isinstance(data, Tensor):
         data = _checks.state(data, "data")
-        settings["data's sum"] = float(data.double().sum())
+        some = data[:: max(1, len(data) // 64)].detach().cpu().double()
+        settings["data's digest"] = hashlib.blake2b(some.numpy().tobytes(), digest_size=8).hexdigest()
     if labels is not None and not (isinstance(data, Tensor) and len(labels) == len(data)):
         raise ValueError("labels must be one for each item of a data tensor; a dataset brings its own")
     average = EMA(network, ema)

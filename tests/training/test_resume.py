@@ -81,7 +81,7 @@ def test_another_process_or_other_data_are_refused(tmp_path):
     rest = {"steps": 30, "batch": 16, "every": 10, "warmup": 5, "device": "cpu", "out": tmp_path, "resume": True}
     with pytest.raises(ValueError, match="process = "):
         train(build("MLP", dim=2, width=16, layers=1), VPSDE(beta_max=10.0), DATA, **rest)
-    with pytest.raises(ValueError, match="data's sum = "):
+    with pytest.raises(ValueError, match="data's digest = "):
         train(build("MLP", dim=2, width=16, layers=1), VPSDE(), DATA + 1, **rest)
 
 
