@@ -11,11 +11,13 @@ the batch's. rtol = atol = the tolerance.
 "sdekit": log_likelihood's ``corrected``, the corrections' evaluations counted; "sdekit, exact ends": ``log_prob`` with
 p_T for the prior against p at t_min, which is the solver's error alone. "score-SDE recipe": SciPy's RK45 over the whole
 batch in VP's t from 1e-5, as in the code of Song et al. 2021, by their formulae; "torchdiffeq dopri5": the same
-equation by that solver. These two stop at what they leave out: truncation at t_min, and the prior's mismatch at T.
+equation by that solver; "flow_matching dopri5" (if installed: the extra "peers"): its ODESolver.compute_likelihood of
+the same flow. These three stop at what they leave out: truncation at t_min, and the prior's mismatch at T.
 """
 
 import argparse
 import csv
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdekit import VPSDE, GaussianMixture, log_likelihood
 from tests import oracle
 
+FLOW_MATCHING = importlib.util.find_spec("flow_matching") is not None
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -70,6 +73,25 @@ def recipe(name: str, sde: VPSDE, data: GaussianMixture, x: Tensor, tol: float) 
     return sde.prior_log_prob(end[:, :-1]) + end[:, -1], float(calls[0])
 
 
+def flow_matching_row(sde: VPSDE, data: GaussianMixture, x: Tensor, tol: float) -> tuple[Tensor, float]:
+    """log p by flow_matching's ODESolver, the flow in its time: 1 at the data, t = 1e-5, and 0 at T."""
+    from flow_matching.solver import ODESolver
+
+    calls, span = [0], sde.T - 1e-5
+    flow = sde.probability_flow(data.score(sde))
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        calls[0] += 1
+        # it steps past the end and interpolates: there the process is that of T
+        return -span * flow.drift(x, (sde.T - span * t.double()).clamp(1e-5, sde.T))
+
+    _, log_p = ODESolver(velocity).compute_likelihood(
+        x, sde.prior_log_prob, None, method="dopri5", rtol=tol, atol=tol, exact_divergence=True,
+        time_grid=torch.tensor([1.0, 0.0], dtype=torch.float64),
+    )  # fmt: skip
+    return log_p.detach(), float(calls[0])
+
+
 def measure(points: int) -> list[dict]:
     """One row per method and tolerance."""
     g, sde = oracle.digits64(), VPSDE()
@@ -94,6 +116,9 @@ def measure(points: int) -> list[dict]:
             if tol >= 1e-5 and tol <= 1e-2:
                 log_p, calls = recipe(name, sde, data, x, tol)
                 add(name, tol, calls, log_p - exact)
+        if FLOW_MATCHING and tol >= 1e-5 and tol <= 1e-2:
+            log_p, calls = flow_matching_row(sde, data, x, tol)
+            add("flow_matching dopri5", tol, calls, log_p - exact)
     return rows
 
 
@@ -115,9 +140,11 @@ def draw(path: Path, rows: list[dict]) -> None:
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     looks = {"sdekit": ("#d55e00", "o", "-"), "sdekit, exact ends": ("#d55e00", "o", ":"),
-             "score-SDE recipe": ("#555555", "s", "-"), "torchdiffeq dopri5": ("#999999", "^", "-")}  # fmt: skip
+             "score-SDE recipe": ("#555555", "s", "-"),
+             "torchdiffeq dopri5": ("#999999", "^", "-"), "flow_matching dopri5": ("#bbbbbb", "v", "--")}  # fmt: skip
     for name, (colour, marker, line) in looks.items():
-        chosen = [r for r in rows if r["method"] == name]
+        if not (chosen := [r for r in rows if r["method"] == name]):
+            continue
         axes.plot([r["evaluations"] for r in chosen], [r["mean"] for r in chosen], color=colour, marker=marker, ls=line,
                   label=name, mfc="white" if line == ":" else colour)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per point", ylabel="mean |error| of log p, nats",
