@@ -11,7 +11,7 @@ its two neighbours, and medians over turns are printed, since absolute times dep
 Memory once had is kept by the process (mallopt, where there is one): whether an allocation faults depends on all that
 ran before, and in some runs cost more than the sums.
 A rule with a history has more to add up than the bare loop. What these sums alone come to, in a plain loop that does
-nothing else and makes no tensor, is in brackets for the deterministic exponential rules: the part that is arithmetic.
+nothing else, is in brackets for the deterministic exponential rules: the part that is arithmetic.
 peers.py prints this table with other libraries' loops.
 """
 
@@ -79,38 +79,48 @@ def counts(name: str, steps: int) -> tuple[int, int]:
     return solve(system, d, make_grid(sde, "uniform", steps), row.rule, noise=noise).nfe, noise.draws
 
 
-def plan(name: str, steps: int) -> list[tuple[bool, int]]:
-    """Of each evaluation, by the rule's own table: whether its prediction is put in a new tensor, and how many are
-    added up. Empty for a rule that has no such table, or draws noise.
-    """
+class Sum(NamedTuple):
+    """What one evaluation adds up."""
+
+    stored: bool  # the prediction is put in a new tensor
+    over: bool  # the new x is made over the oldest prediction
+    scaled: bool  # which, or else x, has a factor
+    added: int  # so many tensors are added to it
+
+
+def plan(name: str, steps: int) -> list[Sum]:
+    """The sums, by the rule's own table. Empty for a rule that has none, or draws noise."""
     sde, row, d = VPSDE(), SAMPLERS[name], torch.zeros(1, 1)
     if row.stochastic:
         return []
     if row.rule is RULES["ddim"]:
-        return [(False, 1)] * steps
+        return [Sum(False, False, True, 1)] * steps
     state = row.rule.begin(sde.reverse(lambda x, t: d), make_grid(sde, "uniform", steps).tolist(), d)
     if isinstance(state, State):
-        return [(True, len(weights)) for *_, weights, _ in islice(state.rows, steps)]
-    return [(e.kept or e.reach is not None, len(e.weights)) for stages in (state.rows if state else ()) for e in stages]
+        return [Sum(True, s.spent, s.factor is not None, len(s.added)) for s in islice(state.rows, steps)]
+    return [Sum(s.kept or s.reach is not None, False, True, len(s.weights)) for stages in state or () for s in stages]
 
 
-def sums(d: Tensor, evaluations: list[tuple[bool, int]]) -> Callable[[], object]:
-    """The loop over a plan: the finite check's sum, the prediction, what is added up; no memory but its own."""
+def sums(d: Tensor, evaluations: list[Sum]) -> Callable[[], object]:
+    """The loop over a plan: the finite check's sum, the prediction, what is added up."""
     scale, total = torch.tensor(0.9), torch.zeros(())
-    past = deque(torch.zeros_like(d) for _ in range(max(count for _, count in evaluations)))
+    longest = max(e.added - e.over for e in evaluations)
 
     def loop() -> Tensor:
-        y, y_new = d.clone(), torch.empty_like(d)
-        for stored, count in evaluations:
+        x, past = d.clone(), deque(torch.zeros_like(d) for _ in range(longest))
+        for stored, over, scaled, added in evaluations:
             torch.sum(d, None, out=total)
+            if stored and not over:
+                past.pop()
             if stored:
-                past.rotate()
-                torch.add(y, d, alpha=1e-3, out=past[0])
-            torch.mul(y, scale, out=y_new)
-            for p in islice(past, count):
-                y_new.add_(p, alpha=1e-3)
-            y, y_new = y_new, y
-        return y
+                past.appendleft(torch.add(x, d, alpha=1e-3) if scaled else d * scale)
+            x_s = past.pop() if over else x * scale
+            if over and scaled:
+                x_s.mul_(scale)
+            for p in islice((x, *past) if over else past, added):
+                x_s.add_(p, alpha=1e-3)
+            x = x_s
+        return x
 
     return loop
 
@@ -123,7 +133,7 @@ class Loop(NamedTuple):
     name: str
     counts: Callable[[int], tuple[int, int]]
     make: Callable[[Tensor, int], Callable[[], object]]
-    plan: Callable[[int], list[tuple[bool, int]]] = lambda steps: []
+    plan: Callable[[int], list[Sum]] = lambda steps: []
 
 
 def rows() -> list[Loop]:

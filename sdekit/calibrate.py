@@ -212,7 +212,7 @@ def _descend(
     """Adam with a cosine schedule; a step whose gradient is not finite is left out."""
     chosen = model.parameters if coefficients else model.parameters[:1]
     groups = [{"params": [p], "lr": pace * rate} for p, rate in zip(chosen, _RATES, strict=False)]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1.0, (k + 1) / 10) * (1 + math.cos(math.pi * k / bar.total)) / 2
     )

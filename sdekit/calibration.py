@@ -95,7 +95,7 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
         c, n = calibration, len(calibration.times)
         columns = (c.scale, c.mix, c.linear, c.weights, c.alpha, c.sigma)
         numbers = [c.T, c.prior_std, *c.times, *c.scale, *c.mix, *c.linear, *c.alpha, *c.sigma, *chain(*c.weights)]
-        wrong = {len(column) for column in columns} != {n} or any(len(w) != i + 1 for i, w in enumerate(c.weights[:2]))
+        wrong = {len(column) for column in columns} != {n} or any(len(w) > i + 1 for i, w in enumerate(c.weights))
         if wrong or n == 0 or not torch.isfinite(torch.tensor(numbers, dtype=torch.float64)).all():
             raise ValueError("incomplete")
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -31,7 +31,8 @@ def integrate(
     ``keep`` states (evenly spaced steps, both ends) make the trajectory, whatever the number of steps. ``denoise``:
     then the rule's own step to t = 0. ``estimate``: sum what the rule's corrections say of its error (Solution.error).
     """
-    if estimate and rule.correction is None:
+    correction = rule.correction if estimate else None
+    if estimate and correction is None:
         raise ValueError("estimate needs a rule that corrects itself, such as unipc_2; this one has no free estimate")
     times: list[float] = grid.tolist()
     nfe, steps, dtype = system.nfe, len(times) - 1, x.dtype
@@ -42,14 +43,16 @@ def integrate(
         raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
-    error: Tensor | float | None = math.nan if estimate else None  # until a step has been corrected
+    error: Tensor | float | None = math.nan if correction else None  # until a step has been corrected
+    if correction and state is not None:
+        correction(state)
     step, pairs = rule.step, pairwise(times)
     for k, (t, s) in enumerate(bar(pairs, progress, steps) if progress else pairs, start=1):
         noise.enter(t, s)
         x, state = step(system, x, t, s, noise, state)
-        if error is not None and (correction := rule.correction(state)) is not None:  # type: ignore[misc]
+        if correction and (change := correction(state)) is not None:
             n = system.at(t, x)
-            more = rms(correction) / math.hypot(n.alpha, n.sigma)
+            more = rms(change) / math.hypot(n.alpha, n.sigma)
             error = error + more if isinstance(error, Tensor) else more
         if k in kept:
             path.append((s, x))

@@ -95,6 +95,14 @@ class Reverse(System):
         n = self.at(t, x)
         return combine(n.f, x, -0.5 * (1 + self.churn**2) * n.g2, self.score(x, n.time))
 
+    def add_drift(self, x: Tensor, t: float, h: float, at: Tensor | None = None) -> Tensor:
+        """x + h drift(at, t), without the drift in memory of its own; one evaluation."""
+        if type(self).drift is not Reverse.drift:
+            return super().add_drift(x, t, h, at)
+        n, y = self.at(t, x), x if at is None else at
+        score = self.score(y, n.time)
+        return x.add(y, alpha=h * n.f).add_(score, alpha=-0.5 * h * (1 + self.churn**2) * n.g2)
+
     def diffusion(self, t: Time) -> Any:
         """churn g(t): a float for a float, else a tensor of t's shape and dtype."""
         if isinstance(t, float):
@@ -147,6 +155,8 @@ class CountedScore:
         out = self.score(x, t)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
+        if out.stride() != x.stride():  # or the next x would come in the layout of this result
+            out = torch.empty_like(x).copy_(out)
         if out.dtype is not self._like[0] or out.device != self._like[1]:
             self._make_room(out)
         # A sum is finite only if every entry is: one reduction, and nobody waits for it.

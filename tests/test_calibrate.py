@@ -156,6 +156,12 @@ def test_bad_input_is_named(tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="is not a calibration of sdekit"):
             load_calibration(tmp_path / "bad.json")
+    c.save(tmp_path / "long.json")
+    content = json.loads((tmp_path / "long.json").read_text())
+    content["weights"][2] += [0.1, 0.1]  # of predictions that are not there yet
+    (tmp_path / "long.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is not a calibration of sdekit: incomplete"):
+        load_calibration(tmp_path / "long.json")
 
 
 def test_x_T_is_a_draw_at_T():

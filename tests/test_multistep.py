@@ -12,6 +12,7 @@ from sdekit import SAMPLERS, SDE, VPSDE, HeatODE, sample, solve
 from sdekit.grids import make_grid
 from sdekit.steppers import RULES, multistep, repeat
 from sdekit.steppers.exponential import PREDICTIONS
+from sdekit.steppers.multistep import Table
 from tests import oracle
 from tests.conftest import gaussian_score
 
@@ -68,6 +69,30 @@ def test_noise_and_linear_part_match_their_closed_form(churn, h):
                 std, linear = churn * sigma * math.sqrt(math.expm1(2 * step)), lv.alpha[i + 1] / lv.alpha[i]
             assert float(table.std[i]) == pytest.approx(std, rel=1e-9)
             assert float(table.linear[i]) == pytest.approx(float(linear), rel=1e-12)
+
+
+@pytest.mark.parametrize("least", [1e-7, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_a_prediction_that_counts_for_little_at_last(least, dtype):
+    """Stored as 1e-7 of itself, the weight of its last use, it would be lost for the use before."""
+    columns = ([3.0, 2.0, 1.0], [-1.0] * 3, [0.0] * 3, [0.9, 0.8, 0.9], [0.0] * 3)
+    time, scale, mix, linear, std = torch.tensor(columns, dtype=torch.float64)
+    weights = torch.tensor([[0.3, 0.0], [0.2, least], [0.1, 0.05]], dtype=torch.float64)
+    x = torch.tensor([0.5, -0.7], dtype=torch.float64)
+
+    def run(x):
+        system = HeatODE().reverse(lambda x, t: 0.6 * x, 0.0)
+        state = Table(time, scale, mix, linear, std, weights, None).start(x)
+        for t in (3.0, 2.0, 1.0):
+            x, state = multistep(2, "eps")(system, x, t, t - 1, None, state)
+        return x
+
+    p, q = [], x
+    for i in range(3):
+        p.insert(0, -0.6 * q)
+        q = linear[i] * q + sum(w * v for w, v in zip(weights[i], p, strict=False))
+    torch.testing.assert_close(run(x), q, rtol=1e-14, atol=0)
+    torch.testing.assert_close(run(x.to(dtype)).double(), q, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 CLOCK = {
@@ -207,6 +232,13 @@ def test_the_free_error_estimate_follows_the_error(digits64):
     ranks = [np.argsort(np.argsort(v)) for v in (estimates[80], errors[80])]
     assert np.corrcoef(*ranks)[0, 1] > 0.3
     assert np.median(estimates[40] / estimates[80]) == pytest.approx(4, rel=0.5)  # of order 2
+    with_estimate, without = (solve(system, x, grid, "unipc_2", estimate=on).x for on in (True, False))
+    assert torch.equal(with_estimate, without)
+    rule = RULES["unipc_2"]
+    _, state = rule(system, x, 80.0, 40.0, None, rule.begin(system, [80.0, 40.0, 20.0], x))
+    _, state = rule(system, x, 40.0, 20.0, None, state)
+    with pytest.raises(ValueError, match="must be asked for its correction before the first step"):
+        rule.correction(state)
     with pytest.raises(ValueError, match="estimate needs a rule that corrects itself"):
         solve(system, x, grid, "ddim", estimate=True)
     with pytest.raises(ValueError, match="controls its error by rtol and atol"):

@@ -53,6 +53,55 @@ def test_standard_deviation_on_gaussian_data(named, call):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_is_written_over_that_somebody_may_hold(named, name):
+    """A rule may use its own predictions' memory again: not what the network was given or returned, the start, the
+    states that a callback saw, nor the trajectory. What a score writes over its own last result is not taken for old.
+    """
+    score, seen = gaussian_score(named, 0.5), []
+
+    def keep(*tensors):
+        seen.extend((y, y.clone()) for y in tensors)
+
+    def keeping(x, t):
+        out = score(x, t)
+        keep(x, out)
+        return out
+
+    buffer = torch.empty(4, 3)
+    row, x = SAMPLERS[name], named.prior_sample((4, 3), seed=0)
+    grid = make_grid(named, row.grid, 12)
+    keep(x)
+    options = {"noise": Noise(x, seed=1), "keep": 5, "denoise": True}
+    out = solve(named.reverse(keeping, row.churn), x, grid, row.rule, callback=lambda k, s, x: keep(x), **options)
+    assert len(seen) > 30
+    for now, then in seen:
+        assert torch.equal(now, then)
+    assert torch.equal(out.trajectory.x[0], x)
+    again = solve(named.reverse(lambda x, t: buffer.copy_(score(x, t)), row.churn), x, grid, row.rule, **options)
+    assert torch.equal(again.x, out.x)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("last", [False, True])
+def test_x_keeps_its_layout_whatever_the_scores(named, name, last):
+    """A network of channels last for contiguous images, and the other way round: it may rely on x.view."""
+    score, seen = gaussian_score(named, 0.5), set()
+    layouts = [torch.contiguous_format, torch.channels_last]
+    x = named.prior_sample((2, 3, 4, 5), seed=0).contiguous(memory_format=layouts[last])
+
+    def other(x, t):
+        seen.add(x.stride())
+        return score(x, t).contiguous(memory_format=layouts[not last])
+
+    row = SAMPLERS[name]
+    grid = make_grid(named, row.grid, 8)
+    out = solve(named.reverse(other, row.churn), x, grid, row.rule, noise=Noise(x, seed=1), denoise=True).x
+    same = solve(named.reverse(score, row.churn), x, grid, row.rule, noise=Noise(x, seed=1), denoise=True).x
+    assert seen == {x.stride()}
+    assert torch.equal(out, same)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_is_the_same_alone_and_in_any_batch(named, name):
     """PITFALLS 12, 23: for every sampler; alone, permuted, in chunks, and with a given start."""
     score = gaussian_score(named, 0.5)

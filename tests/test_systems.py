@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import BrownianPath, Noise, System, solve
+from sdekit import VPSDE, BrownianPath, Noise, System, solve
 from sdekit.backends import GENERAL, METHODS
+from sdekit.reverse import Reverse
 from sdekit.steppers import chain, heun, sra1
+from tests.conftest import gaussian_score
 
 FORWARD, BACKWARD = (0.0, 1.0), (1.0, 0.0)
 COUNTS = (32, 64, 128, 256)
@@ -294,6 +296,40 @@ def test_torchsde_takes_one_step_an_interval_in_float32_too(ends):
         for method in ("euler_maruyama", "torchsde:euler")
     )
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("churn", [0.0, 1.0, 1.5])
+def test_the_short_way_to_add_a_drift_is_that_drift(sde, churn):
+    """x + h drift(at, t) of the reverse family, as of any system, at one evaluation and with neither tensor changed."""
+    system = sde.reverse(gaussian_score(sde, 0.7), churn)
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, given = 0.4 * sde.T, (x.clone(), y.clone())
+    for at in (None, y):
+        for h in (-0.3, 0.2):
+            expected = System.add_drift(system, x, t, h, at)
+            torch.testing.assert_close(
+                expected, x + h * system.drift(x if at is None else at, t), rtol=1e-14, atol=1e-14
+            )
+            nfe = system.nfe
+            torch.testing.assert_close(system.add_drift(x, t, h, at), expected, rtol=1e-12, atol=1e-12)
+            assert system.nfe == nfe + 1
+    assert torch.equal(x, given[0])
+    assert torch.equal(y, given[1])
+
+
+@pytest.mark.parametrize("rule", ["euler_maruyama", "milstein", "heun", "rk4", "sra1"])
+def test_a_reverse_system_with_a_drift_of_its_own_is_solved_with_that(rule):
+    class Pushed(Reverse):
+        def drift(self, x, t):
+            return super().drift(x, t) + 3.0
+
+    sde = VPSDE()
+    x = torch.zeros(4, dtype=torch.float64)
+    grid = torch.linspace(sde.T, 0.9 * sde.T, 200)
+    system = Pushed(sde, lambda x, t: torch.zeros_like(x), churn=0.0)
+    slope = solve(system, x, grid, "rk45", rtol=1e-8, atol=1e-8).x
+    torch.testing.assert_close(solve(system, x, grid, rule).x, slope, rtol=0.02, atol=0)
+    assert float(slope[0]) < -0.1
 
 
 class Misnamed(Geometric):

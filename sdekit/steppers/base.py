@@ -16,8 +16,9 @@ Step: TypeAlias = Callable[[Any, Tensor, float, float, Any, Any], tuple[Tensor, 
 class StepRule:
     """One step from t to s:  ``x, state = rule(system, x, t, s, noise, state)``.
 
-    ``system`` has drift(x, t) and diffusion_at(x, t); a reverse system has also predict(x, t) -> (x0, eps),
-    score(x, time) and at(t, x), the process at t. t and s are Python floats, in either direction.
+    ``system`` has drift(x, t), add_drift(x, t, h, at) and diffusion_at(x, t); a reverse system has also
+    predict(x, t) -> (x0, eps), score(x, time) and at(t, x), the process at t. t and s are Python floats, in either
+    direction.
     ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s), and was told of the step by the loop
     (``enter``): as many draws as a rule likes, all of them that step's own. ``state`` is None at first and whatever
     the rule returned after; it is handed on from step to step and used once, since rules may change it in place.
@@ -31,7 +32,9 @@ class StepRule:
     ``finish(system, x, t, state)``: E[x_0|x] at the last time, one evaluation, where history improves on it.
     ``table(system, levels)``: of a multistep rule, its numbers as a function of the grid; calibration tunes them.
     ``correction(state)``: what the evaluation of the last step said of the step before: corrected minus predicted x
-    there, or None before there is one. A free estimate of the local error.
+    there, or None before there is one. A free estimate of the local error. Where ``begin`` made a
+    state, a loop that wants corrections asks before its first step too, and gets None: a rule may write over what a
+    correction needs unless it was asked.
     """
 
     step: Step

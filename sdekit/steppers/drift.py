@@ -34,7 +34,7 @@ def plus(x: Tensor, g: Any, dW: Tensor) -> Tensor:
 @step_rule()
 def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x_s = x + (s - t) drift + diffusion dW, both at (x, t). Ito; strong order 1 (diagonal noise 1/2)."""
-    x_s = x.add(system.drift(x, t), alpha=s - t)
+    x_s = system.add_drift(x, t, s - t)  # x + (s - t) drift(x, t)
     if system.churn:
         x_s = plus(x_s, system.diffusion_at(x, t), noise.increment(t, s))
     return x_s, state
@@ -49,7 +49,7 @@ def milstein(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any)
     time. Kloeden & Platen 1992, Numerical Solution of Stochastic Differential Equations, eq. 10.3.1.
     """
     h = s - t
-    x_s = x.add(system.drift(x, t), alpha=h)
+    x_s = system.add_drift(x, t, h)
     if system.churn:
         dW, g = noise.increment(t, s), system.diffusion_at(x, t)
         x_s = plus(x_s, g, dW)
@@ -69,12 +69,11 @@ def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
     d + 1/2 g dg/dx backwards, or use milstein.
     """
     h = s - t
-    y = x.add(system.drift(x, t), alpha=h)
+    y = system.add_drift(x, t, h)
     if system.churn:
         dW = noise.increment(t, s)
         y = plus(y, system.diffusion_at(x, t), dW)
-    d_s = system.drift(y, s)
-    x_s = torch.lerp(x, y, 0.5).add_(d_s, alpha=h / 2)  # made last: above the memory that is given back, not below
+    x_s = system.add_drift(torch.lerp(x, y, 0.5), s, h / 2, at=y)
     if system.churn:
         x_s = plus(x_s, system.diffusion_at(y, s) / 2, dW)
     return x_s, state
@@ -87,12 +86,12 @@ def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> t
     """
     h = s - t
     m = t + 0.5 * (s - t)
-    y_2 = x.add(system.drift(x, t), alpha=h / 2)
-    y_3 = x.add(system.drift(y_2, m), alpha=h / 2)
-    y_4 = x.add(system.drift(y_3, m), alpha=h)
-    k_4 = system.drift(y_4, s)
-    # h/6 (k_1 + 2 k_2 + 2 k_3 + k_4) by the stages: the drifts that they came from need not be kept
-    x_s = (x / -3).add_(y_2, alpha=1 / 3).add_(y_3, alpha=2 / 3).add_(y_4, alpha=1 / 3).add_(k_4, alpha=h / 6)
+    y_2 = system.add_drift(x, t, h / 2)
+    y_3 = system.add_drift(x, m, h / 2, at=y_2)
+    y_4 = system.add_drift(x, m, h, at=y_3)
+    # x + h/6 (k_1 + 2 k_2 + 2 k_3 + k_4) by the stages, in place of the drifts that they came from
+    x_s = torch.lerp(y_3, y_2, 1 / 3).add_(y_4, alpha=1 / 3).sub_(x, alpha=1 / 3)
+    x_s = system.add_drift(x_s, s, h / 6, at=y_4)
     if system.churn:
         x_s = plus(x_s, system.diffusion_at(x, t), noise.increment(t, s))
     return x_s, state
@@ -114,7 +113,7 @@ def sra1(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
         dW, integral = noise.increment_and_integral(t, s)
         g_t, g_s, mean = system.diffusion(t), system.diffusion(s), integral / h
         x_s, y = x_s + g_s * (dW - mean) + g_t * mean, y + 1.5 * g_s * mean
-    return x_s.add_(system.drift(y, t + 0.75 * (s - t)), alpha=2 / 3 * h), state
+    return system.add_drift(x_s, t + 0.75 * (s - t), 2 / 3 * h, at=y), state
 
 
 @step_rule()

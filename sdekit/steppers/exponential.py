@@ -123,26 +123,13 @@ def unit(scale: Tensor, mix: Tensor) -> Tensor:
     return torch.where(mix == 0, scale, mix)
 
 
-def stored(x: Tensor, score: Tensor, reach: float | None, spare: Tensor | None = None) -> Tensor:
-    """A prediction but for its unit, in memory of its own, ``spare`` if that can be had: a network may write its next
-    result over this score.
-    """
-    if spare is not None:
-        try:
-            return torch.mul(score, 1, out=spare) if reach is None else torch.add(x, score, alpha=reach, out=spare)
-        except RuntimeError:  # out= wants no gradients and no dual numbers
-            pass
-    return score.clone() if reach is None else torch.add(x, score, alpha=reach)
-
-
 def scalars(values: Tensor, x: Tensor) -> Sequence[Tensor]:
     """Numbers that multiply x, as 0-d CPU tensors: of its own dtype (at least float32) at half the cost of floats."""
     return values.to(torch.promote_types(x.dtype, torch.float32)).unbind()
 
 
-def weighted(x: Tensor, linear: Tensor | float, terms: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
-    """linear x + sum of weight times term, in a new tensor; in place where it is already ours."""
-    total = x * linear
-    for term, weight in zip(terms, weights):  # noqa: B905 - the start has fewer
+def add_weighted(total: Tensor, terms: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """total + sum of weight times term, in total's memory; of the terms only as many as there are weights."""
+    for term, weight in zip(terms, weights):  # noqa: B905
         total.add_(term, alpha=weight)
     return total

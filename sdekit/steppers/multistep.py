@@ -23,14 +23,13 @@ from sdekit.steppers.exponential import (
     PREDICTIONS,
     Integrand,
     Prediction,
+    add_weighted,
     frozen,
     grid_levels,
     integrand,
     interpolate,
     scalars,
-    stored,
     unit,
-    weighted,
 )
 from sdekit.system import Levels
 
@@ -53,35 +52,75 @@ class Table(NamedTuple):
     def start(self, x: Tensor) -> "State":
         """The state before the first step from x: the rows as numbers, for predictions stored without their unit."""
         n, m = self.weights.shape
-        whole = unit(self.scale, self.mix)
-        units = whole[(torch.arange(n)[:, None] - torch.arange(m)).clamp_min(0)]
-        reach = (self.scale / whole).tolist() if bool(self.mix[0] != 0) else [None] * n
         counts = _used(self.weights)
-        weights = [row[:used] for row, used in zip((self.weights * units).tolist(), counts, strict=True)]
         corrected = [0] * n if self.correction is None else _used(self.correction)
-        past, needed = [], 0
-        for used in map(max, counts[::-1], corrected[::-1]):
-            needed = max(used - 1, needed - 1, 0)
-            past.append(needed)
-        columns = (self.time.unbind(), reach, scalars(self.linear, x), self.std.tolist(), weights, past[::-1])
+        past = [0] * (n + 1)
+        for i in reversed(range(n)):
+            past[i] = max(counts[i], corrected[i], past[i + 1], 1) - 1
+        # The last in the history is used, by the next x alone. (A correction that reaches as far may, being asked for.)
+        spent = [used > max(c - 1, later) for used, c, later in zip(counts, corrected, past[1:], strict=True)]
+        node, last = torch.arange(n), (torch.tensor(counts) - 1).clamp_min(0)
+        whole, ready = self._units(torch.tensor(spent), node, last)
+        units = whole[(node[:, None] - torch.arange(m)).clamp_min(0)]
+        weights, reach = self.weights * units, self.scale / whole
+        factor = scalars(torch.where(torch.tensor(spent), weights[node, last], self.linear), x)
+        numbers = zip(self.linear.tolist(), weights.tolist(), counts, spent, strict=True)
+        columns = (
+            self.time.unbind(),
+            reach.tolist() if self._with_x() else scalars(reach, x),
+            spent,
+            [None if done else number for done, number in zip(ready.tolist(), factor, strict=True)],
+            [[linear, *row[: used - 1]] if over else row[:used] for linear, row, used, over in numbers],
+            self.std.tolist(),
+            past[:-1],
+        )
 
         def corrections() -> Iterator[list[float]]:  # only where somebody asks
             if self.correction is not None:
                 yield from (row[:used] for row, used in zip((self.correction * units).tolist(), corrected, strict=True))
 
-        return State(zip(*columns, strict=True), deque(), corrections())
+        return State((Row(*row) for row in zip(*columns, strict=True)), deque(), corrections())
+
+    def _with_x(self) -> bool:
+        return bool(self.mix[0] != 0)
+
+    def _units(self, spent: Tensor, node: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left out of each prediction where it is stored, and the rows that need no factor for it.
+
+        One without x is stored as what it is added as when it is spent, which saves a pass over it; but not where that
+        is so much less than what it is added as before that half precision would lose it.
+        """
+        if self._with_x():
+            return unit(self.scale, self.mix), torch.zeros_like(spent)
+        weight, most = self.weights.abs(), torch.zeros(len(spent), dtype=torch.float64)
+        of = (node[:, None] - torch.arange(weight.shape[1])).clamp_min(0)
+        most = most.scatter_reduce(0, of.flatten(), weight.flatten(), "amax")
+        ready = spent & (weight[node, last] > 1e-3 * most[node - last])
+        whole = self.scale.clone()
+        whole[(node - last)[ready]] = 1 / self.weights[node, last][ready]
+        return whole, ready
+
+
+class Row(NamedTuple):
+    """One evaluation and the x that follows, as numbers."""
+
+    time: Tensor
+    reach: Any  # the prediction is x + reach score for a float, reach score for a 0-d tensor
+    spent: bool  # whether x_s is made in the memory of the last prediction in the history, which has no further use
+    factor: Any  # of that prediction, or of x: a 0-d tensor; None is 1
+    added: list[float]  # the weights of x, where it is not first, and of the predictions, newest first
+    std: float
+    past: int  # how many predictions before its own this row or a later one needs
 
 
 @dataclass
 class State:
-    """What is to come and what is past. It changes as the run goes on: a prediction that no row needs any more gives
-    its memory to the next.
-    """
+    """What is to come and what is past. It changes as the run goes on."""
 
-    # time, reach, linear, std, weights, and how many predictions before its own this row or a later one needs
-    rows: Iterator[tuple[Tensor, float | None, Tensor, float, list[float], int]]
+    rows: Iterator[Row]
     history: deque[Tensor]  # predictions, newest first
     corrections: Iterator[list[float]]  # of x where each evaluation was made
+    asked: bool = False  # for corrections: then a copy of the spent prediction is used up, for they need it too
 
 
 def _used(rows: Tensor) -> list[int]:
@@ -147,12 +186,18 @@ def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -
     row = next(state.rows, None)
     if row is None:
         raise ValueError("a multistep rule takes each step of its grid once; it cannot be repeated on an interval")
-    time, reach, linear, std, weights, past = row
-    score, history, spare = system.score(x, time), state.history, None
+    time, reach, spent, factor, added, std, past = row
+    history = state.history
     while len(history) > past:
-        spare = history.pop()
-    history.appendleft(stored(x, score, reach, spare))
-    x_s = weighted(x, linear, history, weights)
+        history.pop()
+    score = system.score(x, time)
+    # in memory of its own: a network may write its next result over this one
+    history.appendleft(score * reach if isinstance(reach, Tensor) else torch.add(x, score, alpha=reach))
+    if spent:
+        x_s = history[-1].clone() if state.asked else history.pop()
+        x_s = add_weighted(x_s if factor is None else x_s.mul_(factor), (x, *history), added)
+    else:
+        x_s = add_weighted(x * factor, history, added)
     if std:
         x_s.add_(noise.normal(), alpha=std)
     return x_s, state
@@ -164,12 +209,19 @@ def finish(system: Any, x: Tensor, t: float, state: State) -> Tensor:
 
 
 def correction(state: State) -> Tensor | None:
-    """Corrected minus predicted x where the last evaluation was made; to be asked after every step."""
+    """Corrected minus predicted x where the last evaluation was made; to be asked before the first step, when it is
+    None, and after every one.
+    """
+    if not state.history:
+        state.asked = True
+        return None
+    if not state.asked:
+        raise ValueError("a multistep rule must be asked for its correction before the first step too")
     weights = next(state.corrections)
     if not weights:
         return None
     newest, *older = state.history
-    return weighted(newest, weights[0], older, weights[1:])
+    return add_weighted(newest * weights[0], older, weights[1:])
 
 
 def tabulate(

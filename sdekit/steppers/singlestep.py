@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ from sdekit.steppers.base import StepRule, as_rule
 from sdekit.steppers.exponential import (
     CLOCKS,
     PREDICTIONS,
+    add_weighted,
     grid_levels,
     integrand,
     interpolate,
     scalars,
-    stored,
     unit,
-    weighted,
 )
 from sdekit.system import Levels
 
@@ -36,14 +34,6 @@ class Stage(NamedTuple):
     std: float
     uses: Sequence[int]
     kept: bool  # whether a later stage uses its prediction too
-
-
-@dataclass
-class State:
-    """The steps to come, and the memory of the last step's predictions, which serves for the next's."""
-
-    rows: Iterator[Any]  # of each step its stages; edm's with a scale and a std before them
-    spare: list[Tensor] = field(default_factory=list)
 
 
 # (c, uses): x at the fraction c of the step in half log-SNR, by the predictions of that number. Number 0 is made at the
@@ -66,10 +56,10 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
             f"stages must be pairs (c, uses) with 0 < c <= 1, the last c = 1, uses below j + 1; got {stages}"
         )
 
-    def begin(system: Any, times: list[float], x: Tensor) -> State:
+    def begin(system: Any, times: list[float], x: Tensor) -> Any:
         lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
-        return State(tabulate(system, stages, prediction, clock, start, end, x))
+        return tabulate(system, stages, prediction, clock, start, end, x)
 
     return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
 
@@ -98,28 +88,28 @@ def tabulate(
     return zip(*columns, strict=True)
 
 
-def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
+def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """All stages of one step."""
-    return _stages(system, x, noise, next(state.rows), state.spare), state
+    return _stages(system, x, noise, next(state)), state
 
 
-def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage], spare: list[Tensor]) -> Tensor:
+def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage]) -> Tensor:
     predictions: list[Tensor] = []
-    own: list[Tensor] = []
     y, drawn = x, None
     for time, reach, linear, weights, carry, std, uses, kept in stages:
         score = system.score(y, time)
-        if kept or reach is not None:
-            own.append(stored(y, score, reach, spare.pop() if spare else None))
-        predictions.append(own[-1] if kept or reach is not None else score)
+        if reach is not None:
+            score = torch.add(y, score, alpha=reach)
+        elif kept:
+            score = score.clone()  # the network may write its next result over this one
+        predictions.append(score)
         del y, score  # so that their memory serves for the next y
-        y = weighted(x, linear, [predictions[i] for i in uses], weights)
+        y = add_weighted(x * linear, [predictions[i] for i in uses], weights)
         if std:
             fresh = std * noise.normal()
             drawn = fresh if drawn is None else fresh.add_(drawn, alpha=carry)
         if drawn is not None:
             y.add_(drawn)
-    spare += own
     return y
 
 
@@ -144,7 +134,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
     if low >= high:
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
 
-    def begin(system: Any, times: list[float], x: Tensor) -> State:
+    def begin(system: Any, times: list[float], x: Tensor) -> Any:
         if churn and times[-1] > times[0]:
             raise ValueError(
                 f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
@@ -152,7 +142,7 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
         lv = grid_levels(system, times)
         start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
         if not churn:
-            return State(zip(repeat(1.0), repeat(0.0), tabulate(system, _HEUN, "eps", "karras", start, end, x)))
+            return zip(repeat(1.0), repeat(0.0), tabulate(system, _HEUN, "eps", "karras", start, end, x))
         r = torch.exp(-start.lam)
         more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
         top = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
@@ -161,13 +151,13 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
         scale = raised.alpha / start.alpha
         std = inflate * raised.alpha * (torch.exp(-2 * raised.lam) - torch.exp(-2 * start.lam)).clamp_min(0).sqrt()
         steps = tabulate(system, _HEUN, "eps", "karras", raised, end, x)
-        return State(zip(scale.tolist(), std.tolist(), steps, strict=True))
+        return zip(scale.tolist(), std.tolist(), steps, strict=True)
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        scale, std, stages = next(state.rows)
+        scale, std, stages = next(state)
         if std:
             x = torch.add(scale * x, noise.normal(), alpha=std)
-        return _stages(system, x, noise, stages, state.spare), state
+        return _stages(system, x, noise, stages), state
 
     return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0)
 
