@@ -32,7 +32,7 @@ from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibrati
 from sdekit.metrics import frechet_distance
 
 CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
-FIT = {"noises": 512, "iterations": 300, "batch": 64}  # a few minutes each; four times calibrate's own noises
+FIT = {"noises": 512, "iterations": 300, "batch": 64}  # a few minutes each; twice calibrate's own iterations and batch
 _GUESS = 100  # evaluations of an adaptive method, for the progress bar
 SHOWN = (5, 6, 10)  # rows of samples in the figure
 QUICK = {  # budgets -> samplers

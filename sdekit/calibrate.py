@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def calibrate(
     *,
     nfe: int,
     sampler: str | None = None,
-    noises: int = 128,
+    noises: int = 512,
     iterations: int = 150,
     batch: int = 32,
     coefficients: bool = True,
@@ -54,7 +55,7 @@ def calibrate(
     computed once, in many steps. The score must be differentiable in x and t; one that is not (its result carries no
     gradient) gets its times, not its weights, by Powell's COBYLA. Memory is that of one evaluation's graph with
     ``batch`` samples (each is made again when the gradient needs it), besides the states; without gradient the network
-    is called on 2 ``noises`` samples at once.
+    is called on 4 ``batch`` samples at once.
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
     to start from; None for the best of several. The start is the best of several grids. ``iterations`` of Adam on
@@ -79,23 +80,25 @@ def calibrate(
     size = (2 * noises, *_checks.event_shape(shape)[1:])
     device = device or getattr(score, "device", None)
     x_T = sde.prior_sample(size, seed=seed, device=device, dtype=dtype)
-    x_0 = sample(sde, score, size, _TEACHER, grid="vp_cubic", steps=max(50, 4 * nfe), x_T=x_T)
+    steps = max(50, 4 * nfe)
+    teach = partial(sample, sde, score, sampler=_TEACHER, grid="vp_cubic", steps=steps)
+    x_0 = torch.cat([teach(part.shape, x_T=part) for part in x_T.split(4 * batch)])
     fitted, held = (x_T[:noises], x_0[:noises]), (x_T[noises:], x_0[noises:])
 
-    start = _best_start(sde, score, nfe, sampler, fitted)
+    start = _best_start(sde, score, nfe, sampler, fitted, batch)
     fixed = _Table(sde, score, *start, slack=0.0)
-    model, start_error = _Table(sde, score, *start, slack=_SLACK), fixed.error(*held)
+    model, start_error = _Table(sde, score, *start, slack=_SLACK), fixed.error(*held, batch)
     if _differentiable(score, x_T[:2], float(start[2][0])):
         for pace in (1.0, 0.2):  # narrow modes need smaller steps, which others only find slow
             model = _Table(sde, score, *start, slack=_SLACK)
             bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
             _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
-            if model.error(*fitted) < fixed.error(*fitted):
+            if model.error(*fitted, batch) < fixed.error(*fitted, batch):
                 break
     else:
         warnings.warn("score carries no gradient to x and t: only the times are fitted, not the weights", stacklevel=2)
         _search(model, (fitted[0][:batch], fitted[1][:batch]), iterations)
-    error = model.error(*held)
+    error = model.error(*held, batch)
     return model.calibration(error, start_error) if error < start_error else fixed.calibration(start_error, start_error)
 
 
@@ -150,9 +153,10 @@ class _Table:
         return rms(self(x_T) - x_0).mean()
 
     @torch.no_grad()
-    def error(self, x_T: Tensor, x_0: Tensor) -> float:
+    def error(self, x_T: Tensor, x_0: Tensor, batch: int) -> float:
         """The loss as a number."""
-        return float(self.loss(x_T, x_0))
+        x = torch.cat([self(part) for part in x_T.split(4 * batch)])
+        return float(rms(x - x_0).mean())
 
     @torch.no_grad()
     def calibration(self, error: float, start_error: float) -> Calibration:
@@ -176,7 +180,7 @@ class _Table:
 
 
 def _best_start(
-    sde: SDE, score: Score, nfe: int, sampler: str | None, fitted: tuple[Tensor, Tensor]
+    sde: SDE, score: Score, nfe: int, sampler: str | None, fitted: tuple[Tensor, Tensor], batch: int
 ) -> tuple[str, str, Tensor]:
     names = _STARTS if sampler is None else (sampler,)
     for name in names:
@@ -188,7 +192,8 @@ def _best_start(
     best = (math.inf, "", "")
     for name in names:
         for grid in _START_GRIDS:
-            x = sample(sde, score, x_T.shape, name, nfe=nfe, grid=grid, x_T=x_T)
+            draw = partial(sample, sde, score, sampler=name, nfe=nfe, grid=grid)
+            x = torch.cat([draw(part.shape, x_T=part) for part in x_T.split(4 * batch)])
             best = min(best, (float(rms(x - x_0).mean()), name, grid))
     _, name, grid = best
     return name, grid, GRIDS[grid](sde, nfe - 1)
@@ -212,7 +217,7 @@ def _descend(
     """Adam with a cosine schedule; a step whose gradient is not finite is left out."""
     chosen = model.parameters if coefficients else model.parameters[:1]
     groups = [{"params": [p], "lr": pace * rate} for p, rate in zip(chosen, _RATES, strict=False)]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1.0, (k + 1) / 10) * (1 + math.cos(math.pi * k / bar.total)) / 2
     )
@@ -234,7 +239,7 @@ def _search(model: _Table, fitted: tuple[Tensor, Tensor], iterations: int) -> No
 
     def objective(gaps: np.ndarray) -> float:
         model.gaps.data.copy_(torch.from_numpy(gaps))
-        error = model.error(*fitted)
+        error = model.error(*fitted, len(fitted[0]))
         return error if math.isfinite(error) else 1e30
 
     start = model.gaps.detach().numpy().copy()

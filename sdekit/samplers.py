@@ -91,8 +91,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="vp_cubic"),
     "unipc_2": Sampler(RULES["unipc_2"], grid="vp_cubic"),
     "unipc_3": Sampler(RULES["unipc_3"], grid="vp_cubic"),
-    "v_3m": Sampler(RULES["v_3m"], grid="vp_cubic"),
-    "flow_3m": Sampler(RULES["flow_3m"], grid="vp_cubic"),
+    "v_3m": Sampler(RULES["v_3m"], grid="vp_quadratic"),
+    "flow_3m": Sampler(RULES["flow_3m"], grid="vp_quadratic"),
+    "flow_unipc_3": Sampler(RULES["flow_unipc_3"], grid="vp_quadratic"),
 }
 
 

@@ -164,6 +164,22 @@ def test_bad_input_is_named(tmp_path):
         load_calibration(tmp_path / "long.json")
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.filterwarnings("ignore:score carries no gradient")
+def test_the_network_is_called_on_four_batches_at_most(gradient):
+    """Whatever the number of noises: by the teacher, the choice of a start and the verdict; on one with gradient."""
+    sde, sizes = VPSDE(), []
+    score = gaussian_score(sde, 0.5)
+
+    def counted(x, t):
+        sizes.append((x.requires_grad, len(x)))
+        return score(x, t) if gradient else score(x.detach(), t.detach())
+
+    calibrate(sde, counted, (3, 2), nfe=4, seed=0, noises=20, batch=8, iterations=8)
+    assert max(n for graph, n in sizes if graph) <= 8
+    assert max(n for _, n in sizes) == 32
+
+
 def test_x_T_is_a_draw_at_T():
     """Given and drawn starts are the same: the scale to the first time is the calibration's business."""
     sde = VPSDE()

@@ -155,17 +155,6 @@ def test_x0_rules_are_exact_on_a_point_at_every_noise_and_step(sde, rule, churn)
     assert var == pytest.approx(float(sde.sigma(grid[-1])) ** 2, rel=1e-8)
 
 
-@pytest.mark.parametrize("name", ["ipndm", "deis", "dpmpp_3m", "unipc_3", "flow_3m", "dpm_solver_3", "edm"])
-def test_a_network_may_write_all_its_results_into_one_buffer(name):
-    sde = VPSDE()
-    score, buffer = gaussian_score(sde, 0.5), torch.empty(3, 2, dtype=torch.float64)
-    plain, reused = (
-        sample(sde, s, (3, 2), name, steps=8, seed=0, dtype=torch.float64)
-        for s in (score, lambda x, t: buffer.copy_(score(x, t)))
-    )
-    assert torch.equal(plain, reused)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_states(named, dtype):
     """No number of a table overflows float16, and bf16 is as good as its digits."""
@@ -183,7 +172,7 @@ def test_one_evaluation_a_step_with_corrector_and_start_too():
     x = sde.prior_sample((3, 2), seed=0, dtype=torch.float64)
     for rule in (multistep(2, corrector=True), multistep(3, corrector=True), multistep(4)):
         assert solve(system, x, make_grid(sde, "log_snr", 9), rule).nfe == 9
-    assert RULES["unipc_3"].order == 4
+    assert RULES["unipc_3"].order == RULES["flow_unipc_3"].order == 4
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])

@@ -50,6 +50,7 @@ RULES: dict[str, StepRule] = {
     "unipc_3": multistep(3, corrector=True),
     "v_3m": multistep(3, "v", "flow"),  # ours: in the angle's prediction (Salimans & Ho 2022, eq. 8), same clock
     "flow_3m": multistep(3, "flow", "flow"),  # ours: Adams-Bashforth on the rectified flow (Liu et al. 2023)
+    "flow_unipc_3": multistep(3, "flow", "flow", corrector=True),  # the same with UniPC's corrector: Adams-Moulton
     # Single-step: Lu et al. 2022a, algorithms 1 and 2; 2022b, algorithm 1 (r = 1/2); Karras et al. 2022, algorithm 2;
     # Xu et al. 2023, algorithm 1.
     "dpm_solver_2": singlestep([(1 / 2, (0,)), (1.0, (1,))], 2),

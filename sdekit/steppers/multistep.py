@@ -79,7 +79,7 @@ class Table(NamedTuple):
             if self.correction is not None:
                 yield from (row[:used] for row, used in zip((self.correction * units).tolist(), corrected, strict=True))
 
-        return State((Row(*row) for row in zip(*columns, strict=True)), deque(), corrections())
+        return State(map(Row._make, zip(*columns, strict=True)), deque(), corrections())
 
     def _with_x(self) -> bool:
         return bool(self.mix[0] != 0)
