@@ -251,7 +251,7 @@ def test_overhead_of_a_peer(monkeypatch):
     with torch.random.fork_rng(devices=[]):  # azula's DDIM draws
         rows = peers.overhead_rows(turns=1, quick=True)
     assert [row["sampler"] for row in rows] == ["sdekit ddim", *loops]
-    assert all(row["ratio (1, 4)"] > 0 for row in rows)
+    assert all(math.isfinite(row["ratio (1, 4)"]) for row in rows)  # a difference of times: its sign is the machine's
     assert "| torchsde euler | 1 | 1.0 | " in peers.overhead_table(rows)
 
 
