@@ -123,6 +123,13 @@ def test_the_table_of_peers_is_the_results():
                 mine = [r for r in mine if (r["sampler"], r["grid"]) == (sampler, grid)]
             errors = [float(r["error"]) for r in mine if r["error"] != "nan"]
             assert value == (f"{min(errors):.3g}" if errors else ""), (label, budget)
+    least = {label: [float(value) for value in values if value] for label, *values in table}
+    best = least["sdekit flow_unipc_3, vp_quadratic"]  # of all fixed rows, and of the peers' whoever has the grid
+    assert best == least["sdekit, best on fixed grids"]
+    assert all(a < b for a, b in zip(best, least["best of the peers, on our grids too"], strict=True))
+    distances = {label: values for label, *values in shown("nfe_vs_fid_digits")[1]}
+    harmed, plain = ([float(v.split()[0]) for v in distances[name][:2]] for name in ("flow_unipc_3", "flow_3m"))
+    assert all(a > 1.5 * b for a, b in zip(harmed, plain, strict=True))  # at five and six evaluations
 
 
 def test_the_table_of_adaptive_methods_is_the_results(monkeypatch):
