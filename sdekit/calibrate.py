@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -29,6 +30,8 @@ _START_GRIDS = ("vp_quadratic", "vp_cubic", "karras", "log_snr")
 _BACK = 3  # predictions behind which a fitted weight may stand, at least
 _TEACHER = "unipc_3"
 _SLACK = 0.02  # the share of all levels that the first and the last gap start with: their ends may move then
+_JUDGES = 128  # noises that choose the start, and noises that judge the fit: more would cost more than they tell
+_MEMORY = 2**30  # bytes that the graphs of a descent's step may take before they are made again piece by piece instead
 _RATES = (0.2, 0.003, 0.003)  # of Adam: for gaps, linear parts, weights
 
 
@@ -54,14 +57,14 @@ def calibrate(
     sampler, so that x_0 comes near to where the exact flow takes the same noise; the flow of ``noises`` draws is
     computed once, in many steps. The score must be differentiable in x and t; one that is not (its result carries no
     gradient) gets its times, not its weights, by Powell's COBYLA. Memory is that of one evaluation's graph with
-    ``batch`` samples (each is made again when the gradient needs it), besides the states; without gradient the network
-    is called on 4 ``batch`` samples at once.
+    ``batch`` samples, besides the states (each is made again when the gradient needs it), or that of all graphs where
+    they take less than 1 GiB; without gradient the network is called on 4 ``batch`` samples at once.
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
-    to start from; None for the best of several. The start is the best of several grids. ``iterations`` of Adam on
-    ``batch`` of the noises each, and as many again at a slower pace where the first come to nothing.
-    ``coefficients=False`` fits the times alone. ``seed``: of the noises.
-    As many more noises are held out to judge: where they do not find the fit better than its start, the start is
+    to start from; None for the best of several. The start is the best of several grids, on at most 128 of the noises.
+    ``iterations`` of Adam on ``batch`` of the noises each, and as many again at a slower pace where the first come to
+    nothing. ``coefficients=False`` fits the times alone. ``seed``: of the noises.
+    Up to 128 more noises are held out to judge: where they do not find the fit better than its start, the start is
     returned. ``error`` and ``start_error`` are theirs.
 
     The grid of Watson et al. 2021 and Tong et al. 2024 and the weights of Shaul et al. 2024 (BNS), in one.
@@ -77,7 +80,8 @@ def calibrate(
     nfe = _checks.count(nfe, "nfe", minimum=2)
     noises, batch = _checks.count(noises, "noises", minimum=2), _checks.count(batch, "batch")
     iterations = _checks.count(iterations, "iterations")
-    size = (2 * noises, *_checks.event_shape(shape)[1:])
+    judges = min(noises, _JUDGES)
+    size = (noises + judges, *_checks.event_shape(shape)[1:])
     device = device or getattr(score, "device", None)
     x_T = sde.prior_sample(size, seed=seed, device=device, dtype=dtype)
     steps = max(50, 4 * nfe)
@@ -85,18 +89,21 @@ def calibrate(
     x_0 = torch.cat([teach(part.shape, x_T=part) for part in x_T.split(4 * batch)])
     fitted, held = (x_T[:noises], x_0[:noises]), (x_T[noises:], x_0[noises:])
 
-    start = _best_start(sde, score, nfe, sampler, fitted, batch)
+    start = _best_start(sde, score, nfe, sampler, (x_T[:judges], x_0[:judges]), batch)
     fixed = _Table(sde, score, *start, slack=0.0)
-    model, start_error = _Table(sde, score, *start, slack=_SLACK), fixed.error(*held, batch)
-    if _differentiable(score, x_T[:2], float(start[2][0])):
+    start_error, first = fixed.error(*held, batch), float(start[2][0])
+    if _differentiable(score, x_T[:2], first):
+        fits = nfe * _graph_bytes(score, fitted[0][:batch], first) <= _MEMORY
+        through = score if fits else partial(checkpoint, score, use_reentrant=False)
         for pace in (1.0, 0.2):  # narrow modes need smaller steps, which others only find slow
-            model = _Table(sde, score, *start, slack=_SLACK)
+            model = _Table(sde, through, *start, slack=_SLACK)
             bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
             _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
             if model.error(*fitted, batch) < fixed.error(*fitted, batch):
                 break
     else:
         warnings.warn("score carries no gradient to x and t: only the times are fitted, not the weights", stacklevel=2)
+        model = _Table(sde, score, *start, slack=_SLACK)
         _search(model, (fitted[0][:batch], fitted[1][:batch]), iterations)
     error = model.error(*held, batch)
     return model.calibration(error, start_error) if error < start_error else fixed.calibration(start_error, start_error)
@@ -141,8 +148,7 @@ class _Table:
         history: list[Tensor] = []
         columns = (table.time, table.scale, table.mix, table.linear, table.weights)
         for time, scale, mix, linear, weights in zip(*columns, strict=True):
-            score = checkpoint(self.score, x, time, use_reentrant=False) if x.requires_grad else self.score(x, time)
-            history.insert(0, scale * score.to(x.dtype) + mix * x)
+            history.insert(0, scale * self.score(x, time).to(x.dtype) + mix * x)
             x = linear * x
             for w, p in zip(weights, history, strict=False):
                 x = x + w * p
@@ -180,7 +186,7 @@ class _Table:
 
 
 def _best_start(
-    sde: SDE, score: Score, nfe: int, sampler: str | None, fitted: tuple[Tensor, Tensor], batch: int
+    sde: SDE, score: Score, nfe: int, sampler: str | None, noises: tuple[Tensor, Tensor], batch: int
 ) -> tuple[str, str, Tensor]:
     names = _STARTS if sampler is None else (sampler,)
     for name in names:
@@ -188,7 +194,7 @@ def _best_start(
         if row.rule.table is None or row.stochastic:
             fit = ", ".join(n for n, r in SAMPLERS.items() if r.rule.table is not None and not r.stochastic)
             raise ValueError(f"sampler {name!r} cannot be calibrated: it is no multistep rule of the flow; take {fit}")
-    x_T, x_0 = fitted
+    x_T, x_0 = noises
     best = (math.inf, "", "")
     for name in names:
         for grid in _START_GRIDS:
@@ -209,6 +215,22 @@ def _differentiable(score: Score, x: Tensor, t: float) -> bool:
         except RuntimeError:  # such as x.numpy() of a tensor with gradient
             return False
         return out.requires_grad and None not in torch.autograd.grad(out.sum(), (x, time), allow_unused=True)
+
+
+def _graph_bytes(score: Score, x: Tensor, t: float) -> int:
+    """The memory of one evaluation's graph; 0 for a score by torch.func, which bears no hooks, checkpoint's neither."""
+    kept = {}
+
+    def keep(y: Tensor) -> Tensor:
+        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda y: y):
+        try:
+            score(x.detach().requires_grad_(), torch.tensor(t, dtype=torch.float64))
+        except RuntimeError:
+            return 0
+    return sum(kept.values())
 
 
 def _descend(

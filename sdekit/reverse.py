@@ -162,11 +162,11 @@ class CountedScore:
         # A sum is finite only if every entry is: one reduction, and nobody waits for it.
         slot = self._slots[len(self._times)]
         try:
-            torch.sum(out, None, dtype=slot.dtype, out=slot)
+            torch.sum(out, None, out=slot)
         except (
             RuntimeError
         ):  # out= wants no gradients and no dual numbers; to detach always would cost more than to try
-            torch.sum(out.detach(), None, dtype=slot.dtype, out=slot)
+            torch.sum(out.detach(), None, out=slot)
         self._times.append(t)
         if len(self._times) == _WINDOW or t.ndim:
             self.check()

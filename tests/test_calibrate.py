@@ -180,6 +180,44 @@ def test_the_network_is_called_on_four_batches_at_most(gradient):
     assert max(n for _, n in sizes) == 32
 
 
+def test_graphs_are_kept_where_they_fit_and_made_again_elsewhere(monkeypatch):
+    """With one result; a call more of every evaluation that the gradient goes through is the price."""
+    module, sde, calls = importlib.import_module("sdekit.calibrate"), VPSDE(), []
+    score = gaussian_score(sde, 0.5)
+
+    def counted(x, t):
+        calls.append(x.requires_grad)
+        return score(x, t)
+
+    found, counts = [], []
+    for memory in (2**30, 0):
+        monkeypatch.setattr(module, "_MEMORY", memory)
+        calls.clear()
+        found.append(calibrate(sde, counted, (3, 2), nfe=4, seed=0, noises=8, iterations=5))
+        counts.append(sum(calls))
+    assert found[0] == found[1]
+    assert counts[0] == 2 + 5 * 4  # two looks at the graph before
+    assert counts[1] == 2 + 2 * 5 * 4
+
+
+def test_the_memory_of_a_graph_is_that_of_the_tensors_it_saves():
+    module, factor = importlib.import_module("sdekit.calibrate"), torch.ones(7, 3)
+    x = torch.zeros(7, 3)
+    one = factor.numel() * 4
+    assert module._graph_bytes(lambda x, t: (x * factor) * factor, x, 0.5) == one  # once, though used twice
+    assert module._graph_bytes(lambda x, t: (x * factor).exp(), x, 0.5) == 2 * one  # exp saves its result
+
+
+def test_a_score_by_torch_func_is_fitted_too():
+    """It bears none of the hooks that making graphs again takes."""
+    sde, mixture = VPSDE(), GaussianMixture(torch.zeros(1, 2), 0.25 * torch.eye(2)[None])
+    by_func = torch.func.grad(lambda x, t: mixture.at(sde, t).log_prob(x).sum())
+    arguments = {"nfe": 4, "seed": 0, "noises": 8, "iterations": 5, "dtype": torch.float64}
+    a, b = (calibrate(sde, score, (3, 2), **arguments) for score in (by_func, mixture.score(sde)))
+    np.testing.assert_allclose(a.times, b.times, rtol=1e-9)
+    np.testing.assert_allclose(a.error, b.error, rtol=1e-6)
+
+
 def test_x_T_is_a_draw_at_T():
     """Given and drawn starts are the same: the scale to the first time is the calibration's business."""
     sde = VPSDE()

@@ -52,32 +52,33 @@ class Table(NamedTuple):
     def start(self, x: Tensor) -> "State":
         """The state before the first step from x: the rows as numbers, for predictions stored without their unit."""
         n, m = self.weights.shape
+        node = torch.arange(n)
         counts = _used(self.weights)
-        corrected = [0] * n if self.correction is None else _used(self.correction)
-        past = [0] * (n + 1)
-        for i in reversed(range(n)):
-            past[i] = max(counts[i], corrected[i], past[i + 1], 1) - 1
+        corrected = torch.zeros_like(counts) if self.correction is None else _used(self.correction)
+        needed = torch.maximum(counts, corrected).clamp_min(1)
+        past = (needed - node).flip(0).cummax(0).values.flip(0) + node - 1  # by this row or a later one
         # The last in the history is used, by the next x alone. (A correction that reaches as far may, being asked for.)
-        spent = [used > max(c - 1, later) for used, c, later in zip(counts, corrected, past[1:], strict=True)]
-        node, last = torch.arange(n), (torch.tensor(counts) - 1).clamp_min(0)
-        whole, ready = self._units(torch.tensor(spent), node, last)
+        spent = counts > torch.maximum(corrected - 1, pad(past[1:], (0, 1)))
+        last = (counts - 1).clamp_min(0)
+        whole, ready = self._units(spent, node, last)
         units = whole[(node[:, None] - torch.arange(m)).clamp_min(0)]
         weights, reach = self.weights * units, self.scale / whole
-        factor = scalars(torch.where(torch.tensor(spent), weights[node, last], self.linear), x)
-        numbers = zip(self.linear.tolist(), weights.tolist(), counts, spent, strict=True)
+        factor = scalars(torch.where(spent, weights[node, last], self.linear), x)
+        numbers = zip(self.linear.tolist(), weights.tolist(), counts.tolist(), spent.tolist(), strict=True)
         columns = (
             self.time.unbind(),
             reach.tolist() if self._with_x() else scalars(reach, x),
-            spent,
+            spent.tolist(),
             [None if done else number for done, number in zip(ready.tolist(), factor, strict=True)],
             [[linear, *row[: used - 1]] if over else row[:used] for linear, row, used, over in numbers],
             self.std.tolist(),
-            past[:-1],
+            past.tolist(),
         )
 
         def corrections() -> Iterator[list[float]]:  # only where somebody asks
             if self.correction is not None:
-                yield from (row[:used] for row, used in zip((self.correction * units).tolist(), corrected, strict=True))
+                rows = (self.correction * units).tolist()
+                yield from (row[:used] for row, used in zip(rows, corrected.tolist(), strict=True))
 
         return State(map(Row._make, zip(*columns, strict=True)), deque(), corrections())
 
@@ -123,9 +124,9 @@ class State:
     asked: bool = False  # for corrections: then a copy of the spent prediction is used up, for they need it too
 
 
-def _used(rows: Tensor) -> list[int]:
+def _used(rows: Tensor) -> Tensor:
     """How many entries of each row there are up to the last that is not 0; each would cost a pass over the state."""
-    return ((rows != 0) * torch.arange(1, rows.shape[1] + 1)).amax(1).tolist()
+    return ((rows != 0) * torch.arange(1, rows.shape[1] + 1)).amax(1)
 
 
 def multistep(
