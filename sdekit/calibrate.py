@@ -1,7 +1,9 @@
 """Grids and weights fitted to one model: a few noises, their exact flow, and gradient descent through the sampler."""
 
 import math
+import statistics
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,14 +27,18 @@ from sdekit.solution import rms
 from sdekit.steppers.multistep import Table
 from sdekit.system import Levels, Score
 
-_STARTS = ("ipndm", "flow_3m", "v_3m")
+_STARTS = ("ipndm", "flow_3m", "v_3m", "flow_unipc_3")
 _START_GRIDS = ("vp_quadratic", "vp_cubic", "karras", "log_snr")
-_BACK = 3  # predictions behind which a fitted weight may stand, at least
+# Fitted are multiples of the newest prediction and of its first and second differences: predictions that follow one
+# another are much the same, so that their own weights would all but cancel.
+_DIFFERENCES = torch.tensor([[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
+_BACK = len(_DIFFERENCES)
 _TEACHER = "unipc_3"
 _SLACK = 0.02  # the share of all levels that the first and the last gap start with: their ends may move then
 _JUDGES = 128  # noises that choose the start, and noises that judge the fit: more would cost more than they tell
 _MEMORY = 2**30  # bytes that the graphs of a descent's step may take before they are made again piece by piece instead
-_RATES = (0.2, 0.003, 0.003)  # of Adam: for gaps, linear parts, weights
+_RATES = (0.05, 0.01, 0.03)  # of Adam: for the logarithms of gaps, linear parts, weights
+_STEEP = 2.0  # times the median of the last gradients: longer ones are shortened to it
 
 
 def calibrate(
@@ -62,8 +68,8 @@ def calibrate(
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
     to start from; None for the best of several. The start is the best of several grids, on at most 128 of the noises.
-    ``iterations`` of Adam on ``batch`` of the noises each, and as many again at a slower pace where the first come to
-    nothing. ``coefficients=False`` fits the times alone. ``seed``: of the noises.
+    ``iterations`` of Adam on ``batch`` of the noises each. ``coefficients=False`` fits the times alone. ``seed``: of
+    the noises.
     Up to 128 more noises are held out to judge: where they do not find the fit better than its start, the start is
     returned. ``error`` and ``start_error`` are theirs.
 
@@ -95,12 +101,9 @@ def calibrate(
     if _differentiable(score, x_T[:2], first):
         fits = nfe * _graph_bytes(score, fitted[0][:batch], first) <= _MEMORY
         through = score if fits else partial(checkpoint, score, use_reentrant=False)
-        for pace in (1.0, 0.2):  # narrow modes need smaller steps, which others only find slow
-            model = _Table(sde, through, *start, slack=_SLACK)
-            bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
-            _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
-            if model.error(*fitted, batch) < fixed.error(*fitted, batch):
-                break
+        model = _Table(sde, through, *start, slack=_SLACK)
+        bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
+        _descend(model, fitted, min(batch, noises), coefficients, seed or 0, bar)
     else:
         warnings.warn("score carries no gradient to x and t: only the times are fitted, not the weights", stacklevel=2)
         model = _Table(sde, score, *start, slack=_SLACK)
@@ -110,7 +113,10 @@ def calibrate(
 
 
 class _Table:
-    """A multistep rule's table as a differentiable function: gaps between the levels, and additions to the weights."""
+    """A multistep rule's table as a differentiable function: gaps between the levels, and additions to the weights.
+
+    These are in units of the step, which is the sum of its weights: so one rate serves all steps and their number.
+    """
 
     def __init__(self, sde: SDE, score: Score, sampler: str, grid: str, times: Tensor, slack: float) -> None:
         self.sde, self.score, self.sampler, self.grid = sde, score, sampler, grid
@@ -136,11 +142,13 @@ class _Table:
         """Levels, and the rule's table with the additions."""
         lv = self.levels()
         table = self.base(self.system, lv)
-        size = torch.cat([torch.hypot(lv.alpha, lv.sigma), torch.ones(1)])  # of x at each level, and of x_0
+        size = torch.hypot(lv.alpha, lv.sigma)  # of x at each level
+        step = table.weights.sum(1).abs()
         width = max(_BACK, table.weights.shape[1])
         weights = pad(table.weights, (0, width - table.weights.shape[1]))
-        weights = weights + pad(size[1:, None] * self.weights.tril(), (0, width - _BACK))
-        return lv, table._replace(linear=table.linear + size[1:] / size[:-1] * self.linear, weights=weights)
+        more = self.weights.tril() @ _DIFFERENCES
+        weights = weights + pad(step[:, None] * more, (0, width - _BACK))
+        return lv, table._replace(linear=table.linear + step / size * self.linear, weights=weights)
 
     def __call__(self, x_T: Tensor) -> Tensor:
         lv, table = self.table()
@@ -233,25 +241,29 @@ def _graph_bytes(score: Score, x: Tensor, t: float) -> int:
     return sum(kept.values())
 
 
-def _descend(
-    model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, pace: float, seed: int, bar: Any
-) -> None:
-    """Adam with a cosine schedule; a step whose gradient is not finite is left out."""
+def _descend(model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, seed: int, bar: Any) -> None:
+    """Adam with a cosine schedule. Where a few samples at the border of two modes make a gradient long it is shortened,
+    since they would turn the next steps too; a step whose gradient is not finite is left out.
+    """
     chosen = model.parameters if coefficients else model.parameters[:1]
-    groups = [{"params": [p], "lr": pace * rate} for p, rate in zip(chosen, _RATES, strict=False)]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(chosen, _RATES, strict=False)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1.0, (k + 1) / 10) * (1 + math.cos(math.pi * k / bar.total)) / 2
     )
+    lengths: deque[float] = deque(maxlen=20)
     generator, n = torch.Generator().manual_seed(seed), len(fitted[0])
     with torch.enable_grad():
         for _ in bar:
             pick = torch.randperm(n, generator=generator)[:batch].to(fitted[0].device)
             loss = model.loss(fitted[0][pick], fitted[1][pick])
             gradients = torch.autograd.grad(loss, chosen)
-            if all(torch.isfinite(g).all() for g in gradients):
+            length = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+            if math.isfinite(length):
+                lengths.append(length)
+                share = min(1.0, _STEEP * statistics.median(lengths) / length) if length else 1.0
                 for parameter, gradient in zip(chosen, gradients, strict=True):
-                    parameter.grad = gradient
+                    parameter.grad = share * gradient
                 optimiser.step()
             schedule.step()
 
