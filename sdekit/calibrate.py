@@ -62,9 +62,9 @@ def calibrate(
     Times (the first and last one too) and weights of a multistep rule are moved by gradient descent through the
     sampler, so that x_0 comes near to where the exact flow takes the same noise; the flow of ``noises`` draws is
     computed once, in many steps. The score must be differentiable in x and t; one that is not (its result carries no
-    gradient) gets its times, not its weights, by Powell's COBYLA. Memory is that of one evaluation's graph with
-    ``batch`` samples, besides the states (each is made again when the gradient needs it), or that of all graphs where
-    they take less than 1 GiB; without gradient the network is called on 4 ``batch`` samples at once.
+    gradient) gets its times, not its weights, by Powell's COBYLA. Memory, besides the states, is that of all graphs of
+    ``batch`` samples where these take less than 1 GiB (or the score is made by torch.func), else of one of them: each
+    is made again when the gradient needs it. Without gradient the network is called on 4 ``batch`` samples at once.
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
     to start from; None for the best of several. The start is the best of several grids, on at most 128 of the noises.
@@ -97,10 +97,10 @@ def calibrate(
 
     start = _best_start(sde, score, nfe, sampler, (x_T[:judges], x_0[:judges]), batch)
     fixed = _Table(sde, score, *start, slack=0.0)
-    start_error, first = fixed.error(*held, batch), float(start[2][0])
-    if _differentiable(score, x_T[:2], first):
-        fits = nfe * _graph_bytes(score, fitted[0][:batch], first) <= _MEMORY
-        through = score if fits else partial(checkpoint, score, use_reentrant=False)
+    start_error = fixed.error(*held, batch)
+    graph = _graph_bytes(score, fitted[0][:batch], float(start[2][0]))
+    if graph is not None:
+        through = score if nfe * graph <= _MEMORY else partial(checkpoint, score, use_reentrant=False)
         model = _Table(sde, through, *start, slack=_SLACK)
         bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
         _descend(model, fitted, min(batch, noises), coefficients, seed or 0, bar)
@@ -115,7 +115,8 @@ def calibrate(
 class _Table:
     """A multistep rule's table as a differentiable function: gaps between the levels, and additions to the weights.
 
-    These are in units of the step, which is the sum of its weights: so one rate serves all steps and their number.
+    The additions are in units of the step, the sum of its weights (what corrects an earlier step adds up to about 0):
+    so one rate serves all steps, many or few.
     """
 
     def __init__(self, sde: SDE, score: Score, sampler: str, grid: str, times: Tensor, slack: float) -> None:
@@ -213,32 +214,32 @@ def _best_start(
     return name, grid, GRIDS[grid](sde, nfe - 1)
 
 
-def _differentiable(score: Score, x: Tensor, t: float) -> bool:
-    """Whether the score's result carries a gradient to x and t."""
+def _graph_bytes(score: Score, x: Tensor, t: float) -> int | None:
+    """The memory that the graph of one more evaluation takes; None for a score that carries no gradient to x and t."""
+    kept: dict[int, int] = {}
+
+    def keep(y: Tensor) -> Tensor:
+        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y.detach()  # y itself might save its own graph, and never go
+
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a black box that takes float(t) need not hear of gradients
         x, time = x.detach().requires_grad_(), torch.tensor(t, dtype=torch.float64, requires_grad=True)
         try:
-            out = score(x, time)
+            out = score(x[:2], time)
         except RuntimeError:  # such as x.numpy() of a tensor with gradient
-            return False
-        return out.requires_grad and None not in torch.autograd.grad(out.sum(), (x, time), allow_unused=True)
-
-
-def _graph_bytes(score: Score, x: Tensor, t: float) -> int:
-    """The memory of one evaluation's graph; 0 for a score by torch.func, which bears no hooks, checkpoint's neither."""
-    kept = {}
-
-    def keep(y: Tensor) -> Tensor:
-        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-        return y
-
-    with torch.enable_grad(), saved_tensors_hooks(keep, lambda y: y):
+            return None
+        if not out.requires_grad or None in torch.autograd.grad(out.sum(), (x, time), allow_unused=True):
+            return None
         try:
-            score(x.detach().requires_grad_(), torch.tensor(t, dtype=torch.float64))
-        except RuntimeError:
-            return 0
-    return sum(kept.values())
+            with saved_tensors_hooks(keep, lambda y: y):
+                graphs, first = [score(x, time)], sum(kept.values())
+                graphs.append(score(x, time))  # which saves nothing anew of what all share, such as weights
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            return 0  # torch.func refuses hooks, and with them to make a graph again
+    return sum(kept.values()) - first
 
 
 def _descend(model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, seed: int, bar: Any) -> None:

@@ -191,6 +191,8 @@ class CountedScore:
     def check(self) -> None:
         """Raise FloatingPointError if an evaluation since the last check was not finite."""
         times, self._times = self._times, []
+        if not times:
+            return
         finite = torch.isfinite(self._sums[: len(times)])
         if not finite.all():
             t = times[int((~finite).int().argmax())]

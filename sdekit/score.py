@@ -95,7 +95,7 @@ class NetworkScore:
         With None, as without, the network decides; those of :mod:`sdekit.training` then take no condition.
         """
         other = copy.copy(self)
-        other._labels = None if labels is None else torch.as_tensor(labels, device=self.device)
+        other._labels = None if labels is None else torch.as_tensor(labels)
         return other
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
@@ -109,15 +109,17 @@ class NetworkScore:
         dtype = x.dtype if self._weight is None else self._weight.dtype
         # A time keeps at least float32: in bf16 it would have three digits.
         wide = torch.promote_types(dtype, torch.float32)
-        if time.ndim:
-            network_time = self._time(time).to(x.device, wide)
-        else:  # a number to the device's kernel: for a copy from the host it would have to wait
-            network_time = x.new_zeros(x.shape[0], dtype=wide) + self._time(time.expand(1)).reshape(()).to(wide)
+        clock = self._time(time.expand(x.shape[0] if time.ndim or time.device == x.device else 1))
+        if clock.shape == (1,):  # to another device as a number for its kernel: the host would wait for a copy
+            network_time = x.new_zeros(x.shape[0], dtype=wide) + clock.reshape(()).to(wide)
+        else:
+            network_time = clock.expand(x.shape[0], *clock.shape[1:]).to(x.device, wide)
         condition: tuple[Tensor, ...] = ()
         if self._labels is not None:
             if self._labels.ndim and len(self._labels) != x.shape[0]:
                 raise ValueError(f"labels were given for {len(self._labels)} samples, and x has {x.shape[0]}")
-            condition = (self._labels.to(x.device).expand(x.shape[0]),)
+            self._labels = self._labels.to(x.device)  # once
+            condition = (self._labels.expand(x.shape[0]),)
         out = self.network(x.to(dtype), network_time, *condition).to(x.dtype)
         if out.shape != x.shape:
             raise ValueError(f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
@@ -135,8 +137,8 @@ def as_score(
 
     ``predicts``: what it returns, with x = alpha x_0 + sigma eps: "score", "eps" (score = -eps/sigma),
     "x0", "v" (alpha eps - sigma x_0) or "flow" (alpha' x_0 + sigma' eps).
-    ``time``: the network's own clock, from sde's t (float64, (B,), or (1,) where all samples share it) to what the
-    network takes, of the same shape;
+    ``time``: the network's own clock, from sde's t (float64, (B,); (1,) on a GPU where all samples share it) to what
+    the network takes;
     for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's c_noise.
     The network gets x in the dtype of its weights (x's own for a plain callable) and t as (B,), in float32
     or wider, on x's device; the score comes back like x, so a float32 state runs with a bf16 network.

@@ -1,9 +1,11 @@
 """Calibration: better than the grid it started from on noises it has not seen, on every kind of score and event."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -196,16 +198,27 @@ def test_graphs_are_kept_where_they_fit_and_made_again_elsewhere(monkeypatch):
         found.append(calibrate(sde, counted, (3, 2), nfe=4, seed=0, noises=8, iterations=5))
         counts.append(sum(calls))
     assert found[0] == found[1]
-    assert counts[0] == 2 + 5 * 4  # two looks at the graph before
-    assert counts[1] == 2 + 2 * 5 * 4
+    assert counts[0] == 3 + 5 * 4  # three looks at the graph before
+    assert counts[1] == 3 + 2 * 5 * 4
 
 
 def test_the_memory_of_a_graph_is_that_of_the_tensors_it_saves():
-    module, factor = importlib.import_module("sdekit.calibrate"), torch.ones(7, 3)
-    x = torch.zeros(7, 3)
-    one = factor.numel() * 4
-    assert module._graph_bytes(lambda x, t: (x * factor) * factor, x, 0.5) == one  # once, though used twice
-    assert module._graph_bytes(lambda x, t: (x * factor).exp(), x, 0.5) == 2 * one  # exp saves its result
+    """Those of one more evaluation: what all share, such as weights, is there once. And it is given back."""
+    graph_bytes = importlib.import_module("sdekit.calibrate")._graph_bytes
+    factor, saved = torch.ones(7, 3), []
+    x, one = torch.zeros(7, 3), 7 * 3 * 4
+
+    def exponential(x, t):
+        out = (x * factor[: len(x)]).exp()
+        saved.append(weakref.ref(out))
+        return out + t.float()
+
+    assert graph_bytes(lambda x, t: x * factor[: len(x)] + t, x, 0.5) == 0
+    assert graph_bytes(exponential, x, 0.5) == one  # exp saves its result
+    gc.collect()
+    assert [graph() for graph in saved] == [None] * 3
+    assert graph_bytes(lambda x, t: (x * factor[: len(x)]) * t.float(), x, 0.5) >= one  # for the way through t
+    assert graph_bytes(lambda x, t: x, x, 0.5) is None
 
 
 def test_a_score_by_torch_func_is_fitted_too():
