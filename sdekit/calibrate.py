@@ -68,8 +68,8 @@ def calibrate(
 
     ``shape``: (B, *event) as for :func:`sample`; only the event matters. ``sampler``: a multistep row of ``SAMPLERS``
     to start from; None for the best of several. The start is the best of several grids, on at most 128 of the noises.
-    ``iterations`` of Adam on ``batch`` of the noises each. ``coefficients=False`` fits the times alone. ``seed``: of
-    the noises.
+    ``iterations`` of Adam on ``batch`` of the noises each, and as many again at a slower pace where the first come to
+    nothing. ``coefficients=False`` fits the times alone. ``seed``: of the noises.
     Up to 128 more noises are held out to judge: where they do not find the fit better than its start, the start is
     returned. ``error`` and ``start_error`` are theirs.
 
@@ -101,9 +101,12 @@ def calibrate(
     graph = _graph_bytes(score, fitted[0][:batch], float(start[2][0]))
     if graph is not None:
         through = score if nfe * graph <= _MEMORY else partial(checkpoint, score, use_reentrant=False)
-        model = _Table(sde, through, *start, slack=_SLACK)
-        bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
-        _descend(model, fitted, min(batch, noises), coefficients, seed or 0, bar)
+        for pace in (1.0, 0.2):
+            model = _Table(sde, through, *start, slack=_SLACK)
+            bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
+            _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
+            if model.error(*fitted, batch) < fixed.error(*fitted, batch):
+                break
     else:
         warnings.warn("score carries no gradient to x and t: only the times are fitted, not the weights", stacklevel=2)
         model = _Table(sde, score, *start, slack=_SLACK)
@@ -242,12 +245,14 @@ def _graph_bytes(score: Score, x: Tensor, t: float) -> int | None:
     return sum(kept.values()) - first
 
 
-def _descend(model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, seed: int, bar: Any) -> None:
+def _descend(
+    model: _Table, fitted: tuple[Tensor, Tensor], batch: int, coefficients: bool, pace: float, seed: int, bar: Any
+) -> None:
     """Adam with a cosine schedule. Where a few samples at the border of two modes make a gradient long it is shortened,
     since they would turn the next steps too; a step whose gradient is not finite is left out.
     """
     chosen = model.parameters if coefficients else model.parameters[:1]
-    groups = [{"params": [p], "lr": rate} for p, rate in zip(chosen, _RATES, strict=False)]
+    groups = [{"params": [p], "lr": pace * rate} for p, rate in zip(chosen, _RATES, strict=False)]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1.0, (k + 1) / 10) * (1 + math.cos(math.pi * k / bar.total)) / 2
