@@ -81,7 +81,7 @@ def draw(
     left.set_xticklabels([str(nfe) for nfe in spread_out])
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _keep_in_view(left, samplers, floor.mean)
-    label = {"ha": "right", "va": "bottom", "color": "#444444", "fontsize": 9}  # where the fewest markers are
+    label = {"ha": "right", "va": "top", "color": "#444444", "fontsize": 9}  # few markers are there
     left.text(left.get_xlim()[1], floor.mean, "real against real images  ", **label)
     left.set_xlabel("network evaluations (the final denoising counted)")
     left.set_ylabel(metric)
