@@ -35,7 +35,7 @@ _DIFFERENCES = torch.tensor([[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [1.0, -2.0, 1.0]
 _BACK = len(_DIFFERENCES)
 _TEACHER = "unipc_3"
 _SLACK = 0.02  # the share of all levels that the first and the last gap start with: their ends may move then
-_JUDGES = 128  # noises that choose the start, and noises that judge the fit: more would cost more than they tell
+_JUDGES = 128  # noises that choose the start, and as many others that judge the fit, at most
 _MEMORY = 2**30  # bytes that the graphs of a descent's step may take before they are made again piece by piece instead
 _RATES = (0.05, 0.01, 0.03)  # of Adam: for the logarithms of gaps, linear parts, weights
 _STEEP = 2.0  # times the median of the last gradients: longer ones are shortened to it
@@ -101,7 +101,7 @@ def calibrate(
     graph = _graph_bytes(score, fitted[0][:batch], float(start[2][0]))
     if graph is not None:
         through = score if nfe * graph <= _MEMORY else partial(checkpoint, score, use_reentrant=False)
-        for pace in (1.0, 0.2):
+        for pace in (1.0, 0.2):  # some need smaller steps, which others only find slow
             model = _Table(sde, through, *start, slack=_SLACK)
             bar = tqdm(range(iterations), f"calibrating {model.sampler} for {nfe}", disable=not progress, leave=False)
             _descend(model, fitted, min(batch, noises), coefficients, pace, seed or 0, bar)
@@ -237,7 +237,7 @@ def _graph_bytes(score: Score, x: Tensor, t: float) -> int | None:
         try:
             with saved_tensors_hooks(keep, lambda y: y):
                 graphs, first = [score(x, time)], sum(kept.values())
-                graphs.append(score(x, time))  # which saves nothing anew of what all share, such as weights
+                graphs.append(score(x, time))  # both alive; what all share, such as weights, is not saved anew
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise

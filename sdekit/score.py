@@ -138,8 +138,8 @@ def as_score(
     ``predicts``: what it returns, with x = alpha x_0 + sigma eps: "score", "eps" (score = -eps/sigma),
     "x0", "v" (alpha eps - sigma x_0) or "flow" (alpha' x_0 + sigma' eps).
     ``time``: the network's own clock, from sde's t (float64, (B,); (1,) on a GPU where all samples share it) to what
-    the network takes;
-    for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's c_noise.
+    the network takes; for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's
+    c_noise.
     The network gets x in the dtype of its weights (x's own for a plain callable) and t as (B,), in float32
     or wider, on x's device; the score comes back like x, so a float32 state runs with a bf16 network.
 

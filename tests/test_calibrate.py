@@ -27,7 +27,7 @@ def error_of(sde, score, sampler, x_T, ref, **kwargs):
     return oracle.error(sample(sde, score, x_T.shape, sampler, x_T=x_T, **kwargs).numpy(), ref)
 
 
-@pytest.mark.parametrize(("nfe", "bar"), [(5, 0.067), (6, 0.052), (8, 0.027)])
+@pytest.mark.parametrize(("nfe", "bar"), [(5, 0.067), (6, 0.052), (8, 0.027), (20, 0.0030)])
 def test_digits64_below_half_of_what_the_best_fixed_samplers_reach(digits64, nfe, bar):
     """The bars are half the best peer's error at that many evaluations; fresh noises, exact flow."""
     g, mixture = digits64
@@ -47,13 +47,15 @@ def test_digits64_below_half_of_what_the_best_fixed_samplers_reach(digits64, nfe
     assert found < 2 * calibration.error  # what it says of itself holds
 
 
-def test_narrow_modes(grid25):
+@pytest.mark.parametrize(("nfe", "bar"), [(8, 0.004), (12, 0.002)])
+def test_narrow_modes(grid25, nfe, bar):
+    """A third and half of the best fixed row. Where additions are in units of x instead of the step: .013 and .005."""
     g, mixture = grid25
     sde = HeatODE()
     x_T = 80 * torch.randn(512, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1234))
     ref = g.flow(x_T.numpy(), 80.0, 0.0)
-    calibration = calibrate(sde, mixture.score(sde), (4, 2), nfe=8, seed=1, iterations=100)
-    assert error_of(sde, mixture.score(sde), calibration, x_T, ref) < 0.0145
+    calibration = calibrate(sde, mixture.score(sde), (4, 2), nfe=nfe, seed=2)
+    assert error_of(sde, mixture.score(sde), calibration, x_T, ref) < bar
 
 
 @pytest.mark.parametrize("name", PROCESSES)

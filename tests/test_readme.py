@@ -78,7 +78,7 @@ def test_what_is_said_of_twelve_seeds_is_the_results():
     assert len(fixed) == 12
     times = statistics.mean(by_row["calibrated"]) / statistics.mean(fixed)
     common = statistics.correlation(by_row["calibrated"], fixed)
-    assert f"{times:.2f} times the distance of the best fixed row, with a correlation of {common:.2f}" in README
+    assert f"{times:.2f} times the distance of the best fixed row, with a correlation of {common:.2f}. " in README
 
 
 def test_what_is_said_of_a_model_trained_anew_is_the_results():
