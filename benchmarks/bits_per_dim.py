@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdekit import SDE, VPSDE, SubVPSDE, bits_per_dim, variational_bound
-from sdekit.score import NetworkScore
+from sdekit.models.network import NetworkScore
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.digits import load_digits, train_digits
 

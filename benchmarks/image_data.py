@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from sdekit import SDE, VPSDE
-from sdekit.metrics import Extractor, batched, inception_extractor, load_feature_extractor
+from sdekit.evaluation.metrics import Extractor, batched, inception_extractor, load_feature_extractor
+from sdekit.models.network import NetworkScore
 from sdekit.pretrained import load_pretrained
-from sdekit.score import NetworkScore
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.data import load_data
 from sdekit.training.digits import load_digits

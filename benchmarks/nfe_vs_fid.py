@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibration, ode_sample, sample, static_threshold
-from sdekit.metrics import frechet_distance
+from sdekit.evaluation.metrics import frechet_distance
 
 CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
 FIT = {"noises": 512, "iterations": 300, "batch": 64}  # a few minutes each; twice calibrate's own iterations and batch

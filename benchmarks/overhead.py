@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from sdekit import SAMPLERS, VPSDE, Noise, solve
-from sdekit.grids import make_grid
-from sdekit.steppers import RULES
-from sdekit.steppers.multistep import State
+from sdekit.sampling.grids import make_grid
+from sdekit.solvers.steppers import RULES
+from sdekit.solvers.steppers.multistep import State
 
 SHAPES = ((1, 64), (64, 3, 32, 32))
 

@@ -35,7 +35,7 @@ import peer_samplers
 from peers_figure import Entry, draw, overhead_table, same_name_table, table
 
 from sdekit import SAMPLERS, GaussianMixture, HeatODE, SolverError, calibrate, ode_sample, sample
-from sdekit.grids import make_grid
+from sdekit.sampling.grids import make_grid
 from tests import oracle
 
 SIZES = {"digits64": 512, "grid2": 1024}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sdekit import _checks
-from sdekit.bits import bits_per_dim
-from sdekit.calibration import Calibration, load_calibration
-from sdekit.likelihood import log_likelihood
-from sdekit.quantization import Quantization
-from sdekit.samplers import sample
-from sdekit.score import NetworkScore, as_score
+from sdekit.likelihood.bits import bits_per_dim
+from sdekit.likelihood.flow import log_likelihood
+from sdekit.likelihood.quantization import Quantization
+from sdekit.models.network import NetworkScore, as_score
+from sdekit.sampling.calibration import Calibration, load_calibration
+from sdekit.sampling.fixed import sample
 from sdekit.training.checkpoint import PROCESSES, build_network, load_checkpoint, save_checkpoint
 from sdekit.training.config import Config, add_flags, from_flags
 from sdekit.training.data import Data, is_image_folder, load_data

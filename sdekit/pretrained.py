@@ -5,8 +5,8 @@ from importlib import resources
 import torch
 
 from sdekit import _checks
-from sdekit.score import NetworkScore
-from sdekit.sde import SDE
+from sdekit.models.network import NetworkScore
+from sdekit.processes.sde import SDE
 from sdekit.training.checkpoint import load_checkpoint
 
 PRETRAINED = {"digits": "digits.safetensors"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdekit import VPSDE, sample
-from sdekit.metrics import frechet_distance, load_feature_extractor
+from sdekit.evaluation.metrics import frechet_distance, load_feature_extractor
 from sdekit.pretrained import PRETRAINED, load_pretrained
 from sdekit.training.digits import load_digits
 

@@ -35,7 +35,7 @@ def test_code_shown_is_the_code(path, name):
 
 def test_small_things_are_small():
     """A process in two one-line methods, Euler-Maruyama in at most ten lines."""
-    node = ast.parse(definition("sdekit/steppers/drift.py", "euler_maruyama")).body[0]
+    node = ast.parse(definition("sdekit/solvers/steppers/drift.py", "euler_maruyama")).body[0]
     assert node.end_lineno - node.lineno + 1 <= 10
     process = ast.parse(definition("examples/extend.py", "CosineVP")).body[0]
     methods = [n for n in process.body if isinstance(n, ast.FunctionDef)]

@@ -13,10 +13,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.processes import VESDE, VPSDE, HeatODE, SubVPSDE
-from sdekit.score import PREDICTIONS, NetworkScore, as_score
-from sdekit.sde import SDE
-from sdekit.tables import BetaTable, SigmaTable
+from sdekit.models.network import PREDICTIONS, NetworkScore, as_score
+from sdekit.processes.gaussian import VESDE, VPSDE, HeatODE, SubVPSDE
+from sdekit.processes.sde import SDE
+from sdekit.processes.tables import BetaTable, SigmaTable
 from sdekit.training.networks import NETWORKS, Preconditioned, build
 
 FORMAT = "sdekit-score-1"
@@ -48,8 +48,9 @@ def save_checkpoint(
 
     ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`, or a :class:`Preconditioned` one; ``sde``: a named
     process, as its constructor made it; ``event``, ``data_range``, ``levels``: the data's shape without the batch,
-    their bounds and number of levels (:class:`sdekit.quantization.Quantization`), for whoever loads it; ``config``: how
-    it was trained, as JSON, for whoever reads the file; ``dtype``: of the weights on disk (float16 halves the file).
+    their bounds and number of levels (:class:`sdekit.likelihood.quantization.Quantization`), for whoever loads it;
+    ``config``: how it was trained, as JSON, for whoever reads the file; ``dtype``: of the weights on disk (float16
+    halves the file).
 
     Raises ValueError for a network or process that cannot be rebuilt from its name and arguments.
     """

@@ -20,7 +20,7 @@ class Data:
     """``items``: (N, *event) float32, or a dataset of them; ``labels`` (N,), int64, or None.
 
     ``levels``, ``data_range``: discrete values are levels 0 ... levels - 1, evenly from low to high
-    (:class:`sdekit.quantization.Quantization`); None for continuous data, which are taken as they are.
+    (:class:`sdekit.likelihood.quantization.Quantization`); None for continuous data, which are taken as they are.
     """
 
     items: Tensor | Dataset[Any]

@@ -2,7 +2,8 @@
 
 ``digits.safetensors``: a U-Net for the 1797 images 8x8, process VPSDE(), predicts v. Predicting eps would put
 1/alpha = 152 in front of the network's error in x_0 = (x - sigma eps)/alpha at T; v has it bounded.
-``digits_features.safetensors``: a classifier, whose hidden layer serves ``sdekit.metrics.load_feature_extractor``.
+``digits_features.safetensors``: a classifier, whose hidden layer serves
+``sdekit.evaluation.metrics.load_feature_extractor``.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdekit.processes import VPSDE
-from sdekit.sde import SDE
+from sdekit.processes.gaussian import VPSDE
+from sdekit.processes.sde import SDE
 from sdekit.training.checkpoint import save_checkpoint
 from sdekit.training.features import save_features, train_classifier
 from sdekit.training.networks import build

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sdekit import _checks
-from sdekit.sde import SDE
+from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 
 

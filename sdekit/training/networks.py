@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdekit import _checks
-from sdekit.sde import SDE
+from sdekit.processes.sde import SDE
 from sdekit.system import expand, float64
 
 

@@ -5,9 +5,9 @@ its own and ``variational`` aside) differ from  E sigma^2 |score - true score|^2
 on the network: the same minimiser on the same scale. sigma^2 keeps every noise level in the loss; unweighted, the
 lowest would be all of it.
 
-``score`` is a :class:`sdekit.score.NetworkScore`, x_0 (B, *event), t (B,) in float64, and ``normal()`` the next
-standard normal tensor like x_0, the only source of randomness: eps first, then the projections. Losses are float32,
-or float64 for float64 data, and keep a graph to the weights where gradients are enabled.
+``score`` is a :class:`sdekit.models.network.NetworkScore`, x_0 (B, *event), t (B,) in float64, and ``normal()`` the
+next standard normal tensor like x_0, the only source of randomness: eps first, then the projections. Losses are
+float32, or float64 for float64 data, and keep a graph to the weights where gradients are enabled.
 """
 
 import math
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.bound import log_bin_probability
-from sdekit.quantization import Quantization
-from sdekit.score import NetworkScore, eps_slope, prediction_target
-from sdekit.sde import SDE
+from sdekit.likelihood.bound import log_bin_probability
+from sdekit.likelihood.quantization import Quantization
+from sdekit.models.network import NetworkScore, eps_slope, prediction_target
+from sdekit.processes.sde import SDE
 from sdekit.system import Score, expand
 
 Objective = Callable[[NetworkScore, Tensor, Tensor, Callable[[], Tensor]], Tensor]
@@ -50,7 +50,7 @@ WEIGHTINGS: dict[str, Weighting | None] = {
 def denoising(weighting: str | Weighting = "simple") -> Objective:
     """Denoising score matching:  w(t) |network(x_t, t) - target|^2 / D  (Vincent 2011).
 
-    The target is :func:`sdekit.score.prediction_target`. ``weighting``: a name in WEIGHTINGS, or a callable
+    The target is :func:`sdekit.models.network.prediction_target`. ``weighting``: a name in WEIGHTINGS, or a callable
     (sde, t (B,)) -> weights (B,) of |eps error|^2; so that one model has one loss whatever it predicts. Under "simple",
     which is 1 on the prediction's own error ("score": sigma^2), the weight of |eps error|^2 is
     1 for "eps" and "score" (Ho et al. 2020, L_simple), 1/SNR for "x0", and for "v" ((alpha^2 + sigma^2)/alpha)^2,
@@ -159,7 +159,7 @@ def variational(quantization: Quantization | None = None) -> Objective:
         i = 1    -N log p(x_0|x_1) / D
 
     where p is N(x_0^(x_1), (sigma/alpha)^2 I) at t_1: integrated over the bins of ``quantization`` (x_0 are then its
-    values; :func:`sdekit.bound.log_bin_probability`), or its density where there is none.
+    values; :func:`sdekit.likelihood.bound.log_bin_probability`), or its density where there is none.
     Raises ValueError for a process without ``times`` and for t that are not among them.
     """
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sdekit import _checks
-from sdekit.score import PREDICTIONS, as_score
-from sdekit.sde import SDE
+from sdekit.models.network import PREDICTIONS, as_score
+from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import TIMES, Draws, Order, batches
 from sdekit.training.ema import EMA

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdekit import VPSDE, BetaTable, GaussianMixture, as_score
-from sdekit.score import PREDICTIONS
+from sdekit.models.network import PREDICTIONS
 from sdekit.training.networks import build
 from sdekit.training.objectives import (
     OBJECTIVES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdekit import VESDE, VPSDE, GaussianMixture, HeatODE, SubVPSDE, as_score
-from sdekit.score import PREDICTIONS
+from sdekit.models.network import PREDICTIONS
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import Draws, Order, lognormal
 from sdekit.training.ema import EMA

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdekit import VPSDE, BetaTable, Noise, SigmaTable, as_score, variational_bound
-from sdekit.quantization import Quantization
+from sdekit.likelihood.quantization import Quantization
 from sdekit.training.objectives import variational
 from tests.training.models import Says, in_turn, pairs
 

@@ -1,0 +1,121 @@
+"""What the likelihood integrates: state and log-density together, errors measured as what log p is off by."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise.keyed import Noise
+from sdekit.processes.reverse import Reverse, batch_time
+from sdekit.solvers.adams import Adams
+from sdekit.solvers.adaptive import State
+from sdekit.solvers.frame import FlowFrame, linear
+from sdekit.system import expand
+
+_VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
+_NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
+
+
+class Divergence:
+    """The score and its divergence, in one network pass: exact, or one estimate for each probe."""
+
+    def __init__(self, vectors: Tensor, exact: bool) -> None:
+        self.vectors, self.exact = vectors, exact  # (n, B, *event)
+        self.columns = 1 if exact else len(vectors)
+
+    def __call__(self, system: Reverse, x: Tensor, t: Tensor, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
+        """score(x, t) like x, and (b, columns): v . (ds/dx)^T v of every v, or its sum over unit vectors."""
+        with torch.enable_grad():
+            x = x if graph and x.requires_grad else x.detach().requires_grad_()
+            score = system.score(x, t)
+            if not score.requires_grad:
+                raise ValueError(_NO_GRADIENT)
+            chunks = self.vectors.split(max(1, _VJP_NUMBERS // x.numel()))
+            products = []
+            for i, chunk in enumerate(chunks):
+                v = chunk[:, run]
+                more = graph or i + 1 < len(chunks)
+                (jv,) = torch.autograd.grad(
+                    score, x, v, is_grads_batched=True, retain_graph=more, create_graph=graph, allow_unused=True
+                )
+                if jv is None:  # a graph to parameters, none to x
+                    raise ValueError(_NO_GRADIENT)
+                products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
+        out = torch.cat(products)
+        # Row by row in memory: the sum of a lone column rounds otherwise than the same one among others.
+        div = out.T.contiguous().sum(1, keepdim=True) if self.exact else out.T
+        return (score, div) if graph else (score.detach(), div)
+
+
+def make_divergence(x: Tensor, divergence: str, probes: int, seed: int | None, ids: Sequence[int] | None) -> Divergence:
+    """The divergence of that name, for a batch like x."""
+    probes = _checks.count(probes, "probes")
+    if _checks.lookup({"exact": True, "hutchinson": False}, divergence, "divergence"):
+        d = x[0].numel()
+        unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
+        return Divergence(unit.expand(d, *x.shape), exact=True)
+    draw = Noise(x, seed, ids, purpose="probe")
+    return Divergence(
+        torch.stack([torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)]), exact=False
+    )
+
+
+class Density(Adams):
+    """Columns [y | integrals of div_y, one per probe | sum of error sizes] in the frame's variable u."""
+
+    def __init__(
+        self, system: Reverse, x: Tensor, divergence: Divergence, rtol: float, atol: float, graph: bool
+    ) -> None:
+        super().__init__(self._slopes, rtol, atol)
+        self.system, self.divergence, self.graph = system, divergence, graph
+        self.frame, self.event, self.d = FlowFrame(system), x.shape[1:], x[0].numel()
+        # What sums in x's dtype resolve is not asked for: with D terms of size 1, about D roundings.
+        self.nats = atol + rtol * self.d**0.5 + 8 * torch.finfo(x.dtype).eps * self.d
+        # score and divergence at both ends, for the corrections: the last evaluation of a sample there is the one kept
+        self.seen = {end: (torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))) for end in ("t_min", "T")}
+
+    def clock(self, t: Tensor) -> Tensor:
+        """The frame's u."""
+        u = self.frame.clock(t)
+        self.ends = {"t_min": float(u.min()), "T": float(u.max())}
+        return u
+
+    def time(self, u: Tensor) -> Tensor:
+        """The frame's t."""
+        return self.frame.time(u)
+
+    def start(self, y: Tensor, u: Tensor, ends: Tensor, run: Tensor) -> tuple[State, Tensor, int]:
+        """As any Adams, with a first step that is small against u: that of t_min may be far below the interval's."""
+        state, first, nfe = super().start(y, u, ends, run)
+        return state, torch.minimum(first, u / 4), nfe
+
+    def _slopes(self, columns: Tensor, u: Tensor, run: Tensor) -> Tensor:
+        lv = self.frame.levels(u)
+        n = lv.alpha + lv.sigma
+        x = columns[:, : self.d].reshape(-1, *self.event) * expand(n, columns).reshape(-1, *(1,) * len(self.event))
+        score, div = self.divergence(self.system, x, batch_time(lv.time, x), run, self.graph)
+        for end, (points, scores, divs) in self.seen.items():
+            there = u == self.ends[end]
+            if there.any():
+                at = run[there]
+                points[at], scores[at] = x.detach()[there], score.detach()[there]
+                divs[at] = div.detach().mean(1)[there]
+        a, b = linear(lv)
+        flat, score = x.reshape(-1, self.d), score.reshape(-1, self.d)
+        self._pull = (expand(n, flat) * score).detach()  # grad log q(y)
+        slope = expand(a, flat) * score + expand(b, flat) * flat
+        return torch.cat(
+            [slope, expand(n * a, flat) * div + expand(n * b * self.d, flat), torch.zeros_like(flat[:, :1])], 1
+        )
+
+    def judge(
+        self, y: Tensor, predicted: Tensor, corrected: Tensor, lower: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The step's error as what it does to log p, and the state's own."""
+        with torch.no_grad():
+            off = corrected - lower()
+            nats = ((self._pull * off[:, : self.d]).sum(1) + off[:, self.d : -1].mean(1)).abs()
+            _, state = super().judge(y[:, : self.d], predicted[:, : self.d], corrected[:, : self.d], lower)
+        y_new = torch.cat([corrected[:, :-1], corrected[:, -1:] + nats[:, None]], 1)
+        return y_new, torch.maximum(nats / self.nats, state)

@@ -1,0 +1,104 @@
+"""GaussianMixture: data with an exact score, density and marginals under any process. The oracle."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise.keyed import Noise
+from sdekit.processes.sde import SDE
+from sdekit.system import Score, Time, as_time
+
+
+class GaussianMixture:
+    """sum_k w_k N(m_k, C_k) over D numbers, in any event shape of D entries ((B,) for D = 1).
+
+    ``means`` (K, D), ``covs`` (K, D, D), ``weights`` (K,), equal unless given. Computation is in float64;
+    what is returned has x's dtype and device. Raises ValueError for shapes that do not fit, covariances
+    that are not symmetric positive definite, weights that are negative or do not sum to one.
+    """
+
+    def __init__(self, means: Any, covs: Any, weights: Any = None) -> None:
+        m, c = _numbers(means), _numbers(covs)
+        if m.ndim != 2 or c.shape != (*m.shape, m.shape[-1]) or m.numel() == 0:
+            raise ValueError(f"means must be (K, D) and covs (K, D, D), got {tuple(m.shape)} and {tuple(c.shape)}")
+        w = torch.full(m.shape[:1], 1 / len(m), dtype=torch.float64) if weights is None else _numbers(weights)
+        if not all(torch.isfinite(a).all() for a in (m, c, w)):
+            raise ValueError("means, covs and weights must be finite")
+        if w.shape != m.shape[:1] or (w < 0).any() or abs(float(w.sum()) - 1) > 1e-6:
+            raise ValueError(f"weights must be {len(m)} numbers >= 0 that sum to 1, got {w.tolist()}")
+        if not torch.allclose(c, c.mT, rtol=1e-8, atol=1e-12):
+            raise ValueError("covs must be symmetric; use (C + C.mT) / 2")
+        ev, u = torch.linalg.eigh(c)
+        if (ev <= 0).any():
+            k = int(ev.min(1).values.argmin())
+            raise ValueError(f"covs must be positive definite: covs[{k}] has the eigenvalue {float(ev[k].min()):g}")
+        self._set(m, ev, u, w)
+
+    def _set(self, means: Tensor, ev: Tensor, u: Tensor, weights: Tensor) -> None:
+        self.means, self.eigenvalues, self.eigenvectors, self.weights = means, ev, u, weights
+
+    @property
+    def covs(self) -> Tensor:
+        """Covariances (K, D, D)."""
+        return (self.eigenvectors * self.eigenvalues[:, None, :]) @ self.eigenvectors.mT
+
+    def at(self, sde: SDE, t: Time) -> "GaussianMixture":
+        """The marginal p_t under a process: means alpha m_k, covariances alpha^2 C_k + sigma^2 I. t is one time."""
+        a, s = (torch.as_tensor(y, dtype=torch.float64) for y in (sde.alpha(t), sde.sigma(t)))
+        if a.ndim:
+            raise ValueError(f"t must be one time, got shape {tuple(a.shape)}; score and log_prob take one per sample")
+        marginal = GaussianMixture.__new__(GaussianMixture)
+        marginal._set(a * self.means, a**2 * self.eigenvalues + s**2, self.eigenvectors, self.weights)
+        return marginal
+
+    def sample(self, n: int, *, seed: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """n draws, (n, D)."""
+        n = _checks.count(n, "n")
+        d = self.means.shape[1]
+        z = Noise(torch.empty(n, d + 1, dtype=torch.float64), seed, purpose="data").normal()
+        u = 0.5 * (1 + torch.erf(z[:, 0] / math.sqrt(2)))  # uniform, to choose the component
+        k = torch.searchsorted(self.weights.cumsum(0), u).clamp_max(len(self.weights) - 1)
+        x = self.means[k] + torch.einsum("bdj,bj->bd", self.eigenvectors[k], self.eigenvalues[k].sqrt() * z[:, 1:])
+        return x.to(_checks.floating(dtype) or torch.get_default_dtype())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density in nats at x (B, *event), (B,) in x's dtype."""
+        log_r, _, _ = self._parts(x, torch.ones(()).double(), torch.zeros(()).double())
+        return log_r.logsumexp(1).to(x)
+
+    def score(self, sde: SDE) -> Score:
+        """grad log p_t as a score (x, t) -> like x; t is 0-d or (B,)."""
+
+        def score(x: Tensor, t: Time) -> Tensor:
+            time = as_time(t, sde.T).cpu()
+            log_r, z, v = self._parts(x, sde.alpha(time), sde.sigma(time))
+            r = log_r.softmax(1)
+            out = torch.einsum("bkj,kdj,bk->bd", z / v, self.eigenvectors.to(z), r)
+            return -out.reshape(x.shape).to(x)
+
+        return score
+
+    def _parts(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log w_k N_k(x) (B, K); x - a m_k in k's eigenvectors (B, K, D); its variances, (B or 1, K, D)."""
+        _checks.floating(x.dtype, "x")
+        flat = x.reshape(x.shape[0], -1).double()
+        d = self.means.shape[1]
+        if flat.shape[1] != d:
+            raise ValueError(f"x must have shape (B, *event) with {d} entries per sample, got {tuple(x.shape)}")
+        means, ev, u, w, a, s = (
+            y.to(flat.device)
+            for y in (self.means, self.eigenvalues, self.eigenvectors, self.weights, a, s)
+        )  # fmt: skip
+        a, s = a.reshape(-1, 1, 1), s.reshape(-1, 1, 1)
+        v = a**2 * ev + s**2
+        z = torch.einsum("bkd,kdj->bkj", flat.unsqueeze(1) - a * means, u)
+        log_n = -0.5 * (z**2 / v + v.log()).sum(-1) - 0.5 * d * math.log(2 * math.pi)
+        return w.log() + log_n, z, v
+
+
+def _numbers(a: Any) -> Tensor:
+    return a.detach().to("cpu", torch.float64) if isinstance(a, Tensor) else torch.from_numpy(np.array(a, float))

@@ -1,0 +1,253 @@
+"""Forward processes. ``alpha(t)`` and ``sigma(t)`` are the only truth; the rest is derived here, once.
+
+Time runs from data (t = 0) to noise (t = T), and  x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise.keyed import Noise
+from sdekit.processes.reverse import Reverse
+from sdekit.system import Coefficients, Score, System, Time, as_time, expand, float64
+
+
+def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
+    """Let a one-line ``alpha`` or ``sigma`` written for a float64 tensor take any t of the surface."""
+
+    @functools.wraps(method)
+    def bordered(self: "SDE", t: Time) -> Tensor:
+        time = as_time(t, self.T)
+        value = torch.as_tensor(method(self, time), dtype=time.dtype, device=time.device)
+        value = value.expand(time.shape) if value.ndim == 0 else value
+        return value.to(t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else value
+
+    return bordered
+
+
+class SDE(System):
+    """A Gaussian process  x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I),  t in [0, T].
+
+    A subclass gives ``alpha(t)`` and ``sigma(t)`` with torch operations on a float64 tensor t
+    (the base class takes care of floats, dtypes, shapes and the range), and, where the defaults
+    do not fit, the class attributes ``T``, ``t_min`` (the earliest time a solver may touch) and
+    ``grid`` (the name of the process's own time grid, or None where the sampler knows best).
+
+    As a system, an SDE is its own forward equation  dx = f(t) x dt + g(t) dW  with
+    f = d log(alpha)/dt and g^2 = d(sigma^2)/dt - 2 f sigma^2  (Song et al. 2021, eq. 5;
+    Karras et al. 2022, appendix B). All coefficients come back in t's dtype (float64 for a float).
+    A time outside [0, T] raises ValueError; a time of another type raises TypeError.
+    """
+
+    T: float = 1.0
+    t_min: float = 1e-3
+    grid: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("alpha", "sigma"):
+            method = getattr(cls, name)  # the class's own, or one that a plain mixin brings
+            if method is not getattr(SDE, name) and not hasattr(method, "__wrapped__"):
+                setattr(cls, name, _schedule(method))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """[0, T]: the forward equation may start at the data."""
+        return 0.0, self.T
+
+    def alpha(self, t: Any) -> Tensor:
+        """The signal's scale at t."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method alpha(self, t)")
+
+    def sigma(self, t: Any) -> Tensor:
+        """The noise's standard deviation at t."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method sigma(self, t)")
+
+    def coefficients(self, t: Time) -> Coefficients:
+        """alpha, sigma, f and g^2 at t, float64, from one automatic differentiation of alpha and sigma.
+
+        Where sigma(0) = 0 with a vertical tangent (VP), the derivative at t = 0 is its right-hand
+        limit, taken at 1e-12 T. Raises ValueError where g^2 < 0: the noise must grow with t.
+        """
+        time = as_time(t, self.T)
+        alpha, sigma, f, ds2 = self._differentiate(time)
+        if not (torch.isfinite(f) & torch.isfinite(ds2)).all():
+            limit = self._differentiate(torch.where(torch.isfinite(ds2), time, 1e-12 * self.T))
+            f, ds2 = torch.where(torch.isfinite(f), f, limit[2]), torch.where(torch.isfinite(ds2), ds2, limit[3])
+            bad = ~(torch.isfinite(f) & torch.isfinite(ds2)).reshape(-1)
+            if bad.any():
+                at = float(time.reshape(-1)[bad][0])
+                raise ValueError(
+                    f"{type(self).__name__}: alpha or sigma has no finite logarithm or slope at t = {at:g}"
+                )
+        g2 = ds2 - 2 * f * sigma**2
+        if (g2 < -1e-9 * (ds2.abs() + 2 * f.abs() * sigma**2)).any():
+            at = float(time.reshape(-1)[g2.reshape(-1).argmin()])
+            raise ValueError(f"{type(self).__name__}: g^2 < 0 at t = {at:g}; sigma/alpha must increase with t")
+        return Coefficients(alpha, sigma, f, g2.clamp_min(0.0))  # what is left below 0 is rounding
+
+    def _differentiate(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def schedule(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            alpha, sigma = self.alpha(u), self.sigma(u)
+            return alpha, sigma, sigma**2
+
+        try:
+            (alpha, sigma, _), da, ds2 = _plain_slopes(schedule, time)
+        except RuntimeError:  # inside vmap, jvp and the like only the functional form works; it is ten times slower
+            values, pull = torch.func.vjp(schedule, time)[:2]
+            alpha, sigma, _ = values
+            one, zero = torch.ones_like(time), torch.zeros_like(time)
+            (da,), (ds2,) = pull((one, zero, zero)), pull((zero, zero, one))
+        return alpha, sigma, da / alpha, ds2
+
+    def drift(self, x: Tensor, t: Time) -> Tensor:
+        """f(t) x, like x."""
+        return expand(self.coefficients(t).f, x) * x
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) >= 0, of t's shape."""
+        g = self.coefficients(t).g2.sqrt()
+        return g.to(t.dtype) if isinstance(t, Tensor) and t.is_floating_point() else g
+
+    def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """Mean alpha(t) x_0 and standard deviation sigma(t) of x_t given x_0; both broadcast with x0."""
+        time = as_time(t, self.T)  # float64: the coefficients are rounded to x0's dtype only when they meet it
+        return expand(self.alpha(time), x0) * x0, expand(self.sigma(time), x0)
+
+    def transition(self, t: Time, u: Time) -> tuple[Tensor, Tensor]:
+        """Scale a and standard deviation s of  x_u | x_t ~ N(a x_t, s^2 I)  for t <= u.
+
+        a = alpha_u/alpha_t and s^2 = sigma_u^2 - a^2 sigma_t^2 = sigma_u^2 (1 - SNR_u/SNR_t), computed in float64
+        whatever t's dtype. Raises ValueError where u < t.
+        """
+        start, end = as_time(t, self.T), as_time(u, self.T)
+        if bool((end < start).any()):
+            raise ValueError(f"transition(t, u) runs forwards, t <= u; got t = {t}, u = {u}")
+        a_t, s_t, a_u, s_u = self.alpha(start), self.sigma(start), self.alpha(end), self.sigma(end)
+        r = (a_u * s_t) / (a_t * s_u)
+        return a_u / a_t, s_u * ((1 - r) * (1 + r)).clamp_min(0.0).sqrt()  # r > 1 only by rounding at t = u
+
+    def snr(self, t: Time) -> Tensor:
+        """Signal-to-noise ratio alpha^2/sigma^2."""
+        return (self.alpha(t) / self.sigma(t)) ** 2
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        """lambda(t) = log(alpha/sigma)  (Lu et al. 2022)."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def inverse_half_log_snr(self, lam: Time) -> Tensor:
+        """The time at which ``half_log_snr`` is lam, in float64, to rounding where it is smooth; whatever the process.
+
+        A table of times, then Newton's method between two of them, with a bisection wherever it would leave them.
+        Raises ValueError where lam is not reached in [0, T].
+        """
+        device = lam.device if isinstance(lam, Tensor) else torch.device("cpu")
+        lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
+        times = self.T * torch.logspace(-30, 0, 4096, dtype=torch.float64)
+        levels = self.half_log_snr(torch.cat([torch.zeros(1), times]))
+        first, table, last = levels[0], levels[1:], levels[-1]
+        slack = 1e-9 * (1 + lam.abs().nan_to_num(0.0, 0.0))
+        wrong = ~((lam <= first + slack) & (lam >= last - slack))  # so that NaN is wrong too
+        if bool(wrong.any()):
+            ends, got = f"[{float(last):g}, {float(first):g}]", float(lam[wrong].flatten()[0])
+            raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {got:g}")
+        i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)
+        low, high = times[i - 1], times[i]
+        t = low + (high - low) * ((table[i - 1] - lam) / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
+        done = torch.zeros_like(t, dtype=torch.bool)
+        for _ in range(100):
+            # The slope only sets the pace, and a quotient has it to seven digits at a fraction of a derivative's cost.
+            near = t * (1 - 1e-7)
+            here, there = self.half_log_snr(torch.stack([t, near]).flatten()).reshape(2, *t.shape)
+            off = here - lam
+            low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
+            newton = t - off * (t - near) / (here - there)
+            inside = (newton >= low) & (newton <= high)
+            t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
+            done = done | (inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)
+            if done.all():
+                break
+        return t.to(device, float64(device))
+
+    def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
+        """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""
+        _checks.floating(x0.dtype, "x0")
+        if noise is None:
+            noise = Noise(x0, seed, purpose="perturb").normal()
+        elif noise.shape != x0.shape:
+            raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
+        mean, std = self.marginal(x0, t)
+        return mean + std * noise
+
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        t: float | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> Tensor:
+        """A draw from the prior N(0, sigma(t)^2 I) of a solver that starts at t (default T), shape (B, *event)."""
+        like = torch.empty(_checks.event_shape(shape), device=device, dtype=dtype)
+        return float(self.sigma(self.T if t is None else t)) * Noise(like, seed, ids, purpose="prior").normal()
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log density (nats) of the prior N(0, sigma(T)^2 I) at x of shape (B, *event); shape (B,)."""
+        std = float(self.sigma(self.T))
+        d = math.prod(x.shape[1:])
+        return -0.5 * (x / std).square().reshape(x.shape[0], -1).sum(1) - d * math.log(std * math.sqrt(2 * math.pi))
+
+    def require_signal_at_T(self) -> None:
+        """Raise ValueError where alpha(T) = 0: every formula through the score would divide by it."""
+        if float(self.alpha(self.T)) <= 1e-12:
+            raise ValueError(
+                f"{type(self).__name__} has zero terminal SNR, alpha(T) = {float(self.alpha(self.T)):g} at "
+                f"T = {self.T:g}: x_0 cannot be told from the score there; set T a little lower "
+                f"(for example T = {0.999 * self.T:g})"
+            )
+
+    def reverse(self, score: Score, churn: float = 1.0) -> Reverse:
+        """The reverse family  dx = [f x - (g^2 + nu^2)/2 score] dt + nu dW,  nu = churn g,  dt < 0.
+
+        churn 1 is Anderson's reverse SDE, 0 the probability-flow ODE; all have the marginals p_t.
+        """
+        return Reverse(self, score, churn)
+
+    def probability_flow(self, score: Score) -> Reverse:
+        """The probability-flow ODE  dx/dt = f x - g^2/2 score  (Song et al. 2021, eq. 13)."""
+        return self.reverse(score, churn=0.0)
+
+    def denoise(self, x: Tensor, t: Time, score: Score) -> Tensor:
+        """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
+        time = as_time(t, self.T)
+        alpha, sigma = expand(self.alpha(time), x), expand(self.sigma(time), x)
+        out = score(x, time)
+        if out.shape != x.shape:
+            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        return (x + sigma**2 * out.to(x.dtype)) / alpha
+
+
+def _plain_slopes(
+    schedule: Callable[[Tensor], tuple[Tensor, ...]], time: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The schedule and the derivatives of its first and last entry, all of which depend on t entry by entry."""
+    outside = time.requires_grad  # somebody differentiates with respect to t: keep the graph
+    with torch.inference_mode(False), torch.enable_grad():
+        u = time if outside else time.clone().requires_grad_()
+        values = schedule(u)
+
+        def slope(y: Tensor) -> Tensor:
+            if not y.requires_grad:
+                return torch.zeros_like(time)
+            (dy,) = torch.autograd.grad(y.sum(), u, create_graph=outside, retain_graph=True)
+            return dy
+
+        slopes = slope(values[0]), slope(values[-1])
+    return (values if outside else tuple(y.detach() for y in values)), *slopes

@@ -1,0 +1,26 @@
+"""From noise to samples and back: samplers by name, time grids, samplers fitted to a model, encoding."""
+
+from sdekit.sampling.adaptive import ode_sample, sde_sample
+from sdekit.sampling.calibrate import calibrate
+from sdekit.sampling.calibration import Calibration, load_calibration
+from sdekit.sampling.encoding import decode, encode, interpolate, round_trip_error, slerp
+from sdekit.sampling.fixed import SAMPLERS, Sampler, pc_sample, sample
+from sdekit.sampling.grids import GRIDS
+
+__all__ = [
+    "GRIDS",
+    "SAMPLERS",
+    "Calibration",
+    "Sampler",
+    "calibrate",
+    "decode",
+    "encode",
+    "interpolate",
+    "load_calibration",
+    "ode_sample",
+    "pc_sample",
+    "round_trip_error",
+    "sample",
+    "sde_sample",
+    "slerp",
+]

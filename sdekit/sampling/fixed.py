@@ -1,0 +1,239 @@
+"""Fixed-grid samplers: named compositions of a step rule, a noise level and a grid. No numerics here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise.keyed import Noise
+from sdekit.processes.sde import SDE
+from sdekit.sampling.calibration import Calibration
+from sdekit.sampling.grids import Grid, make_grid
+from sdekit.solvers.solution import Callback
+from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, solve
+from sdekit.solvers.steppers import (
+    RULES,
+    StepRule,
+    as_rule,
+    at_end,
+    chain,
+    euler_maruyama,
+    langevin,
+    repeat,
+    stay,
+)
+from sdekit.system import Score
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A step rule under ``sde.reverse(score, churn)``.
+
+    ``grid`` and ``steps`` are the defaults, where neither user nor process says otherwise.
+    """
+
+    rule: StepRule
+    churn: float = 0.0
+    grid: str = "uniform"
+    steps: int = 50
+
+    @property
+    def stochastic(self) -> bool:
+        """True where noise is drawn after the start."""
+        return self.churn > 0 or self.rule.noisy
+
+
+def predictor_corrector(
+    predictor: str | StepRule = "euler_maruyama",
+    corrector: str = "langevin",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+) -> Sampler:
+    """Predictor-corrector sampling: Langevin steps at t, then one predictor step of the reverse SDE to s.
+
+    Without a predictor the Langevin steps are those of s, the level that x is to be at next.
+    """
+    rule = _checks.lookup(RULES, predictor, "predictor") if isinstance(predictor, str) else as_rule(predictor)
+    correct = repeat(langevin(snr), _checks.count(corrector_steps, "corrector_steps"))
+    if _checks.lookup({"langevin": True, "none": False}, corrector, "corrector"):
+        rule = at_end(correct) if rule is stay else chain(correct, rule)
+    elif rule is stay:
+        raise ValueError("predictor and corrector are both 'none': nothing would move x; name one of them")
+    return Sampler(rule, churn=1.0, steps=1000)
+
+
+# name -> what makes it. A new sampler is a new row; tests and benchmarks loop over these.
+SAMPLERS: dict[str, Sampler] = {
+    "euler_maruyama": Sampler(euler_maruyama, churn=1.0, steps=1000),
+    "reverse_diffusion": Sampler(RULES["reverse_diffusion"], churn=1.0, steps=1000),
+    "ancestral": Sampler(RULES["ancestral"], steps=1000),
+    "heun_sde": Sampler(RULES["heun"], churn=1.0, steps=1000),
+    "pc": predictor_corrector(),
+    "annealed_langevin": predictor_corrector("none", corrector_steps=2),
+    "dpmpp_2m_sde": Sampler(RULES["dpmpp_2m"], churn=1.0, grid="log_snr"),
+    "dpmpp_3m_sde": Sampler(RULES["dpmpp_3m"], churn=1.0, grid="log_snr"),
+    "sa_solver": Sampler(RULES["unipc_3"], churn=1.0, grid="log_snr"),
+    "edm": Sampler(RULES["edm"], grid="karras"),
+    "restart": Sampler(RULES["restart"], grid="karras"),
+    "euler": Sampler(euler_maruyama, grid="vp_quadratic"),
+    "heun": Sampler(RULES["heun"], grid="vp_quadratic"),
+    "rk4": Sampler(RULES["rk4"], grid="vp_quadratic"),
+    "ddim": Sampler(RULES["ddim"], grid="vp_quadratic"),
+    "ipndm": Sampler(RULES["ipndm"], grid="vp_cubic"),
+    "deis": Sampler(RULES["deis"], grid="karras"),
+    "dpm_solver_2": Sampler(RULES["dpm_solver_2"], grid="vp_quadratic"),
+    "dpm_solver_3": Sampler(RULES["dpm_solver_3"], grid="vp_quadratic"),
+    "dpmpp_2s": Sampler(RULES["dpmpp_2s"], grid="vp_quadratic"),
+    "dpmpp_2m": Sampler(RULES["dpmpp_2m"], grid="vp_cubic"),
+    "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="vp_cubic"),
+    "unipc_2": Sampler(RULES["unipc_2"], grid="vp_cubic"),
+    "unipc_3": Sampler(RULES["unipc_3"], grid="vp_cubic"),
+    "v_3m": Sampler(RULES["v_3m"], grid="vp_quadratic"),
+    "flow_3m": Sampler(RULES["flow_3m"], grid="vp_quadratic"),
+    "flow_unipc_3": Sampler(RULES["flow_unipc_3"], grid="vp_quadratic"),
+}
+
+
+@torch.no_grad()
+def sample(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    sampler: str | Sampler | StepRule | Calibration = "dpmpp_2m",
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Grid | None = None,
+    denoise: bool = True,
+    seed: int | None = None,
+    x_T: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler, a step rule, or what
+    :func:`calibrate` made for this model (which has its own steps and grid).
+
+    A bare step rule runs on the probability flow; ``Sampler(rule, churn=1.0)`` puts it on the reverse SDE.
+    ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
+    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
+    ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
+    decreasing tensor of times in [t_min, T]. ``denoise``: return E[x_0|x] at the last time instead of x.
+    ``seed``: fixes everything; sample i is keyed by ids[i] (default i), whatever the batch.
+    ``x_T``: start here instead of at a draw from the prior at the grid's first time.
+    ``device``, ``dtype``: of the state; x_T's, else the network's device and torch's default dtype.
+    ``callback(step, t, x)``: after each step.
+
+    Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
+    """
+    _checks.instance(sde)
+    if isinstance(sampler, Calibration):
+        sampler.check(sde)
+        if steps is not None or grid is not None:
+            raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
+        grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
+        x_T = None if x_T is None else _checks.state(x_T, "x_T") * sampler.start
+    row = _sampler(sampler)
+    system = sde.reverse(score, row.churn)
+    given = grid is not None and not isinstance(grid, str) and not callable(grid)
+    if steps is not None and nfe is not None:
+        raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
+    if nfe is not None:
+        system.score.budget = nfe
+        most = _steps_within(nfe, row.rule, denoise)
+        steps = None if given else most
+    elif steps is None and not given:
+        steps = row.steps
+    steps = None if steps is None else _checks.count(steps, "steps")
+    times = make_grid(sde, (sde.grid or row.grid) if grid is None else grid, steps)
+    if nfe is not None and len(times) - 1 > most:
+        raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
+    x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    noise = Noise(x, seed, ids)
+    return solve(system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback).x
+
+
+def pc_sample(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    *,
+    steps: int | None = 1000,
+    predictor: str | StepRule = "euler_maruyama",
+    corrector: str = "langevin",
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    grid: Grid | None = None,
+    denoise: bool = True,
+    seed: int | None = None,
+    x_T: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Predictor-corrector samples of the reverse SDE, shape (B, *event).
+
+    Each step corrects at t, then predicts from t to s: Song et al. 2021, algorithm 1, in the order of their code.
+    ``predictor``: a name in ``RULES`` or a step rule; "none" is annealed Langevin dynamics alone, which needs many
+    steps. ``corrector``: "langevin" or "none"; ``corrector_steps`` of it per step, each of signal-to-noise ratio
+    ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: a tensor of times as ``grid``
+    says it itself, and the default is then left aside. Everything else as in :func:`sample`.
+    """
+    if grid is not None and not isinstance(grid, str) and not callable(grid) and steps == 1000:
+        steps = None
+    sampler = predictor_corrector(predictor, corrector, corrector_steps, snr)
+    return sample(
+        sde, score, shape, sampler, steps=steps, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
+        dtype=dtype, progress=progress, callback=callback, ids=ids,
+    )  # fmt: skip
+
+
+def _sampler(sampler: Any) -> Sampler:
+    if isinstance(sampler, Sampler):
+        return sampler
+    if isinstance(sampler, Calibration):
+        return Sampler(sampler.rule)
+    if not isinstance(sampler, str):
+        return Sampler(as_rule(sampler))
+    if sampler in ADAPTIVE:
+        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use ode_sample(..., method={sampler!r})")
+    if sampler == ADAPTIVE_SDE:
+        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use sde_sample")
+    return _checks.lookup(SAMPLERS, sampler, "sampler")
+
+
+def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
+    need = rule.evaluations + rule.extra + int(denoise)
+    if _checks.count(nfe, "nfe") < need:
+        extra = " and the final denoising" if denoise else ""
+        raise ValueError(f"nfe must be at least {need}, one step of this sampler{extra}; got {nfe}")
+    return (nfe - int(denoise) - rule.extra) // max(1, rule.evaluations)
+
+
+def start(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    times: Tensor,
+    seed: int | None,
+    x_T: Tensor | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    ids: Sequence[int] | None,
+) -> Tensor:
+    """Where a sampler starts: x_T, as it is to be, or a draw from the prior at the first time."""
+    size = _checks.event_shape(shape)
+    _checks.floating(dtype)
+    if x_T is None:
+        device = device or getattr(score, "device", None)
+        return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=float(times[0]), ids=ids)
+    if _checks.state(x_T, "x_T").shape != size:
+        raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
+    return x_T.to(device=device, dtype=dtype)

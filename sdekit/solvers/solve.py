@@ -1,0 +1,164 @@
+"""One call for every system and method: fixed grid, adaptive, or a back-end."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.noise.brownian import BrownianPath
+from sdekit.noise.keyed import Noise
+from sdekit.solvers import backends
+from sdekit.solvers.adams import Adams
+from sdekit.solvers.adaptive import MAX_NFE, adaptive
+from sdekit.solvers.fixed import integrate
+from sdekit.solvers.frame import FlowFrame, InFrame
+from sdekit.solvers.rungekutta import TABLEAUS, RungeKutta
+from sdekit.solvers.solution import Callback, Solution
+from sdekit.solvers.sra import SRA1
+from sdekit.solvers.steppers import RULES, StepRule, as_rule
+from sdekit.system import NOISE_TYPES, System
+
+ADAPTIVE = (*TABLEAUS, *(f"flow_{name}" for name in TABLEAUS), "adams")  # for ODEs
+ADAPTIVE_SDE = "adaptive_sra1"
+
+
+def solve(
+    system: System,
+    x: Tensor,
+    grid: Tensor | Sequence[float],
+    method: str | StepRule | Any = "rk45",
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_nfe: int | None = None,
+    noise: Noise | None = None,
+    keep: int = 0,
+    denoise: bool = False,
+    estimate: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Solution:
+    """Integrate ``system`` from x at grid[0] to grid[-1].
+
+    ``system``: an SDE (its forward equation), ``sde.reverse(score)``, ``sde.probability_flow(score)``, or
+    any :class:`System` with drift and diffusion, whose ``noise_type`` says whether the diffusion depends on x.
+    ``x``: (B, *event). ``grid``: monotone times; forwards in time too, except against the noise of a reverse SDE.
+    ``method``: a step rule or its name (``RULES``), which takes the grid's steps; an adaptive method, with error and
+    step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)) and "rk23" (Bogacki-Shampine 3(2)); for
+    a probability flow also "flow_rk45" and "flow_rk23", the same in a frame where its linear part is exact
+    (:class:`sdekit.solvers.frame.FlowFrame`), and, in the same frame, "adams" (:class:`sdekit.solvers.adams.Adams`),
+    which needs by far the fewest evaluations; for an SDE "adaptive_sra1" (:class:`sdekit.solvers.sra.SRA1`), on a
+    Brownian path; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
+    (``backends.METHODS``), whose steps are the whole batch's.
+    Where the diffusion depends on x, euler_maruyama, milstein, rk4, torchsde:euler and torchsde:milstein solve Ito's
+    equation, heun and torchsde's other methods Stratonovich's; sra1 and adaptive_sra1 refuse, and general noise is
+    torchsde's alone.
+    ``rtol``, ``atol``: of an adaptive method; ``max_nfe``: its limit of evaluations
+    (default 100,000), a final denoising counted.
+    ``noise``: the source of randomness: :class:`Noise`, or a :class:`BrownianPath`, of which euler_maruyama, milstein,
+    heun, rk4, sra1 and torchsde's methods take increments (other rules draw exact noise of their own kind); fresh
+    unless given. Made for x; for general noise for a tensor (B, m).
+    ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps onto each of those
+    times, which costs evaluations.
+    ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
+    ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
+    ``callback(step, t, x)``: after each step.
+
+    An adaptive method that stops early returns what it has, with a status per sample.
+    Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
+    """
+    x = _checks.state(x)
+    times = _monotone(grid, system)
+    _checks.lookup(NOISE_TYPES, system.noise_type, "noise_type")
+    rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
+    if denoise:
+        system.at(float(times[-1]), x)  # raises where the system has no score
+    if keep:
+        keep = _checks.count(keep, "keep", minimum=2)
+    if estimate and (method in (*ADAPTIVE, ADAPTIVE_SDE) or (isinstance(method, str) and ":" in method)):
+        raise ValueError(
+            f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
+        )
+    if isinstance(noise, Noise):
+        fits = noise.shape == x.shape or system.noise_type == "general"  # the back-end knows what that needs
+        if not fits or noise.dtype != x.dtype:
+            made = f"{noise.dtype} {tuple(noise.shape)}"
+            raise ValueError(f"noise must be made for x, {x.dtype} {tuple(x.shape)}, not for a tensor {made}")
+    if isinstance(method, str) and ":" in method:
+        backend = _checks.lookup(backends.METHODS, method, "method")
+        if keep or callback is not None or max_nfe is not None or progress:
+            raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
+        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise)
+        return _denoised(system, solution, float(times[-1])) if denoise else solution
+    if system.churn and system.noise_type == "general":
+        raise ValueError(f"step rules take additive or diagonal noise; for general noise use {backends.GENERAL}")
+    if method in (*ADAPTIVE, ADAPTIVE_SDE):
+        if system.churn and method != ADAPTIVE_SDE:
+            raise ValueError(
+                f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use {ADAPTIVE_SDE} or a step rule"
+            )
+        limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8 + denoise) - denoise
+        aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
+        ends = times[[0, -1]] if aims is None else aims
+        solution = adaptive(
+            _adaptive_method(str(method), system, rtol, atol, x, times, noise), x, ends, max_nfe=limit,
+            keep=bool(keep), progress=progress, callback=callback,
+        )  # fmt: skip
+        system.settle()
+        return _denoised(system, solution, float(times[-1])) if denoise else solution
+    if max_nfe is not None:
+        raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")
+    if isinstance(method, str):
+        method = _checks.lookup(RULES, method, f"method (besides {', '.join((*ADAPTIVE, ADAPTIVE_SDE))})")
+    rule = as_rule(method)
+    return integrate(
+        system, rule, x, times, noise or Noise(x), keep=keep, denoise=denoise, estimate=estimate, progress=progress,
+        callback=callback,
+    )  # fmt: skip
+
+
+def _adaptive_method(
+    name: str, system: Any, rtol: float, atol: float, x: Tensor, times: Tensor, noise: Noise | None
+) -> InFrame | RungeKutta | SRA1:
+    if name == ADAPTIVE_SDE:
+        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]))
+        if not isinstance(path, BrownianPath):
+            raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
+        return SRA1(system, rtol, atol, path)
+    if name == "adams" or name.startswith("flow_"):
+        frame = FlowFrame(system)
+        if name == "adams":
+            return InFrame(frame, Adams(frame.velocity, rtol, atol))
+        return InFrame(frame, RungeKutta(frame.velocity, rtol, atol, TABLEAUS[name.removeprefix("flow_")]))
+    # t comes in float64, one per sample; a drift that multiplies by it must not make x one too
+    return RungeKutta(lambda y, t, run: system.drift(y, t).to(y), rtol, atol, TABLEAUS[name])
+
+
+def _denoised(system: Any, solution: Solution, t: float) -> Solution:
+    """The step to t = 0, if every sample came to t."""
+    if not solution.success:
+        return solution
+    x = system.denoise(solution.x, t)
+    system.settle()
+    return replace(solution, x=x, nfe=solution.nfe + 1, nfe_per_sample=solution.nfe_per_sample + 1)
+
+
+def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
+    times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+    steps = times.diff()
+    if times.ndim != 1 or times.numel() < 2 or not (bool((steps > 0).all()) or bool((steps < 0).all())):
+        raise ValueError(f"grid must be at least two times, all increasing or all decreasing, got {times.tolist()[:8]}")
+    low, high = system.interval
+    # A float32 grid may lie a rounding beyond the ends.
+    if times.min() < low - 1e-6 * abs(low) or times.max() > high + 1e-6 * abs(high):
+        ends = f"[{float(times.min()):g}, {float(times.max()):g}]"
+        raise ValueError(f"grid must lie in [{low:g}, {high:g}] for {type(system).__name__}, got {ends}")
+    if system.backwards_only and steps[0] > 0:
+        raise ValueError(
+            f"grid must decrease: a reverse SDE (churn = {system.churn:g}) only holds backwards in time; "
+            "use the process itself to go forwards, or churn = 0"
+        )
+    return times.clamp(low, high)
