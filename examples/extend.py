@@ -5,10 +5,8 @@ import torch
 from sdekit import SDE, VPSDE, GaussianMixture, sample, step_rule
 
 
-class CosineVP(SDE):
-    """A process: alpha and sigma, and how far it runs (alpha(T) must stay above 0)."""
-
-    T = 0.99
+class Cosine(SDE):
+    """A process: alpha and sigma, on [0, 1] unless it says otherwise."""
 
     def alpha(self, t):
         return torch.cos(torch.pi / 2 * t)
@@ -32,7 +30,7 @@ def guided(score, condition, weight):
 data = GaussianMixture([[-1.0], [1.0]], [[[0.04]], [[0.04]]])
 right = GaussianMixture([[1.0]], [[[0.04]]])
 
-sde = CosineVP()
+sde = Cosine()
 x = sample(sde, data.score(sde), (4000, 1), midpoint, steps=40, grid="karras", seed=0)
 print(f"new process, new rule: std {x.std():.3f}, exact {(1 + 0.04) ** 0.5:.3f}")
 

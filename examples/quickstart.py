@@ -14,7 +14,7 @@ score = data.score(sde)  # closed form; as_score(network, sde, predicts="eps") f
 
 draws = {
     "dpmpp_2m, 20 evaluations": sample(sde, score, (n, 2), "dpmpp_2m", nfe=20, seed=0),
-    "RK45 flow, 1e-5": ode_sample(sde, score, (n, 2), seed=0),
+    "adaptive flow, tolerance 1e-5": ode_sample(sde, score, (n, 2), seed=0),
     "predictor-corrector, 500 steps": pc_sample(sde, score, (n, 2), steps=500, seed=0),
 }
 likelihood = log_likelihood(sde, score, data.sample(n, seed=1))

@@ -12,7 +12,18 @@ from sdekit.likelihood import (
 from sdekit.models import GaussianMixture, as_score, dynamic_threshold, static_threshold
 from sdekit.noise import BrownianPath, Noise
 from sdekit.pretrained import load_pretrained
-from sdekit.processes import SDE, VESDE, VPSDE, BetaTable, HeatODE, Reverse, SigmaTable, SubVPSDE
+from sdekit.processes import (
+    SDE,
+    VESDE,
+    VPSDE,
+    BetaTable,
+    CosineVP,
+    HeatODE,
+    RectifiedFlow,
+    Reverse,
+    SigmaTable,
+    SubVPSDE,
+)
 from sdekit.sampling import (
     GRIDS,
     SAMPLERS,
@@ -45,10 +56,12 @@ __all__ = [
     "BitsPerDim",
     "BrownianPath",
     "Calibration",
+    "CosineVP",
     "GaussianMixture",
     "HeatODE",
     "Likelihood",
     "Noise",
+    "RectifiedFlow",
     "Reverse",
     "Sampler",
     "SigmaTable",

@@ -16,6 +16,7 @@ from sdekit.likelihood.bits import bits_per_dim
 from sdekit.likelihood.flow import log_likelihood
 from sdekit.likelihood.quantization import Quantization
 from sdekit.models.network import NetworkScore, as_score
+from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.sampling.calibration import Calibration, load_calibration
 from sdekit.sampling.fixed import sample
 from sdekit.training.checkpoint import PROCESSES, build_network, load_checkpoint, save_checkpoint
@@ -56,6 +57,8 @@ def run_train(options: argparse.Namespace) -> None:
     for name in config.process_args:
         _checks.lookup(dict.fromkeys(known), name, f"argument of {config.process}")
     sde = make(**config.process_args)
+    if config.predicts in BLIND and float(sde.alpha(sde.T)) == 0:
+        raise ValueError(zero_signal(sde, config.predicts))
     network = build_network(_network(config, data), sde, seed=config.seed)
     if ranks.first:
         weights = sum(w.numel() for w in network.parameters())

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+NOTHING = 1e-12  # alpha/sigma from which on there is no signal: what a schedule rounds to where it means 0
+
 Time = float | Tensor
 Score = Callable[[Tensor, Any], Tensor]  # (x, t) -> grad log p_t(x), like x; t is 0-d or (B,)
 
@@ -36,15 +38,20 @@ def as_time(t: Any, T: float) -> Tensor:
         time = torch.tensor(float(t), dtype=torch.float64)
     else:
         raise TypeError(f"t must be a float, a 0-d or a (B,) tensor, got {type(t).__name__}")
-    if time.device.type != "cpu":
-        return time  # looking at the values would wait for the device
-    try:
-        inside = bool(((time >= 0) & (time <= T * (1 + 1e-6))).all())  # a float32 time may lie a rounding beyond T
-    except RuntimeError:
-        return time  # inside vmap the values cannot be looked at
-    if not inside:
+    # A float32 time may lie a rounding beyond T. On a device a look would wait for it.
+    if time.device.type == "cpu" and not holds((time >= 0) & (time <= T * (1 + 1e-6))):
         raise ValueError(f"t must lie in [0, {T:g}], got {time.min():g} ... {time.max():g}")
     return time
+
+
+def holds(conditions: Tensor) -> bool:
+    """Whether all are true; yes where values cannot be looked at: inside vmap, and while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(conditions.all())
+    except RuntimeError:
+        return True
 
 
 def expand(c: Tensor, x: Tensor) -> Tensor:
@@ -87,7 +94,10 @@ class System:
         """x + h drift(at, t), in a new tensor; ``at`` is x unless given. The step rules' way to use the drift: a system
         that wraps another and changes its drift changes this too. It is there because a system may know a shorter way.
         """
-        return x.add(self.drift(x if at is None else at, t), alpha=h)
+        drift = self.drift(x if at is None else at, t)
+        if drift.dtype is not x.dtype:  # it would take x with it, or fail later without saying why
+            raise TypeError(f"drift must have x's dtype {x.dtype}, got {drift.dtype}; convert with .to(x.dtype)")
+        return x.add(drift, alpha=h)
 
     def diffusion(self, *args: Any, **kwargs: Any) -> Any:
         """The diffusion, of the arguments and the shape that go with ``noise_type`` (NOISE_TYPES)."""
@@ -119,8 +129,12 @@ class System:
         """The process at many times at once, for rules that tabulate their weights; only a reverse system has them."""
         return self.at(float(times[0]), times)
 
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``; a system may remember it for the key."""
+        return make()
+
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
-        """Told before a loop which times it will visit, so that one vectorised call can serve them all."""
+        """Told before a loop where it starts and which times it will visit, so that one vectorised call serves all."""
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""
@@ -138,13 +152,16 @@ class Levels(NamedTuple):
 class Coefficients(NamedTuple):
     """What a process is at time t: float64 tensors of t's shape.
 
-    ``f`` = d log(alpha)/dt, so that the drift is f x, and ``g2`` = d(sigma^2)/dt - 2 f sigma^2.
+    ``f`` = d log(alpha)/dt, so that the drift is f x, and ``g2`` = d(sigma^2)/dt - 2 f sigma^2; where alpha = 0 they
+    are infinite, and ``dalpha``, ``dsigma`` = d alpha/dt, d sigma/dt are not.
     """
 
     alpha: Tensor
     sigma: Tensor
     f: Tensor
     g2: Tensor
+    dalpha: Tensor
+    dsigma: Tensor
 
 
 class Process(Protocol):
@@ -163,7 +180,7 @@ class Process(Protocol):
         """The time at which log(alpha/sigma) is lam."""
 
     def coefficients(self, t: Any) -> Coefficients:
-        """alpha, sigma, f and g^2 at t."""
+        """alpha, sigma, f and g^2 at t, and the derivatives of the first two."""
 
-    def require_signal_at_T(self) -> None:
-        """Raise ValueError where alpha(T) = 0."""
+    def velocity(self, t: Any) -> tuple[Tensor, Tensor]:
+        """(m, n) of the velocity m x_0 + n eps that a flow-matching network of the process predicts."""

@@ -182,13 +182,18 @@ def test_resuming_with_another_config_is_refused(tmp_path):
 def test_every_process_trains_and_comes_back(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32))
     tables = {"BetaTable": "betas=[0.1,0.2,0.4]", "SigmaTable": "sigmas=[0.1,1.0,3.0]"}
-    for process in ("VPSDE", "SubVPSDE", "VESDE", "HeatODE", *tables):
+    for process in ("VPSDE", "SubVPSDE", "VESDE", "HeatODE", "RectifiedFlow", "CosineVP", *tables):
         more = f"--process-args {tables[process]} --times table" if process in tables else ""
         out = tmp_path / process
         flags = f"--process {process} {more} --steps 2 --batch 8 --network-args width=8 --device cpu"
         run(f"train --data {{data}} {flags} --out {{out}}", data=tmp_path / "x.npy", out=out)
         sde, _ = load_checkpoint(out / "score.safetensors")
         assert type(sde).__name__ == process
+    with pytest.raises(SystemExit, match="zero terminal SNR.*predicts eps says nothing of x_0 there"):
+        run(
+            f"train --data {{data}} --process RectifiedFlow --predicts eps --out {tmp_path / 'no'}",
+            data=tmp_path / "x.npy",
+        )
 
 
 def torchrun(processes, flags):

@@ -12,8 +12,8 @@ from sdekit import _checks
 from sdekit.likelihood.quantization import Quantization
 from sdekit.noise.keyed import Noise
 from sdekit.processes.sde import SDE
-from sdekit.sampling.grids import Grid, make_grid
-from sdekit.system import Score, Time, float64
+from sdekit.sampling.grids import Grid, first_level, make_grid
+from sdekit.system import NOTHING, Score, Time, float64
 
 
 @dataclass
@@ -73,13 +73,14 @@ def variational_bound(
     bound is loose by that. N = 1 is T alone. ``steps`` = None is the limit (Kingma et al. 2021, eq. 17), in which t_1
     is t_min and only the ends of lam matter.
 
-    ``samples``: draws of the noise per term, and in continuous time of lam, one in each of as many equal parts of its
-    range (importance sampling of t by g^2/sigma^2, stratified: Song, Durkan et al. 2021). The reconstruction has as
-    many draws of its own: N ``samples`` evaluations of the batch, or 2 ``samples`` in continuous time. ``stderr`` takes
-    the draws of a term as independent and alike, so over lam, where they are stratified, it is too large on average.
-    ``dtype``: of the state the score sees, torch.float32 or float64 (default: torch's default). Sums are in float64.
-    Raises TypeError for x that is not of integers, ValueError for levels that are not in range and other bad
-    input, FloatingPointError where the score is not finite.
+    Where alpha(T) = 0 the chain's prior term is 0; the integral, which nothing bounds there, is that of a model which
+    starts at sigma/alpha = 1,000. ``samples``: draws of the noise per term, and in continuous time of lam, one in each
+    of as many equal parts of its range (importance sampling of t by g^2/sigma^2, stratified: Song, Durkan et al. 2021).
+    The reconstruction has as many draws of its own: N ``samples`` evaluations of the batch, or 2 ``samples`` in
+    continuous time. ``stderr`` takes the draws of a term as independent and alike, so over lam, where they are
+    stratified, it is too large on average. ``dtype``: of the state the score sees, torch.float32 or float64 (default:
+    torch's default). Sums are in float64. Raises TypeError for x that is not of integers, ValueError for levels that
+    are not in range and other bad input, FloatingPointError where the score is not finite.
     """
     quantization = Quantization.of(levels, data_range)
     samples = _checks.count(samples, "samples")
@@ -95,16 +96,19 @@ def variational_bound(
         eps, node = noise.normal(), system.at(t, x0)
         return eps, node.alpha * x0 + node.sigma * eps
 
-    def error(t: Time) -> Tensor:
+    def error(t: Time, of_x0: bool = False) -> Tensor:
         eps, x_t = noised(t)
-        return _total((eps - system.predict(x_t, t)[1]).to(wide.dtype).square())
+        x_0, predicted = system.predict(x_t, t)
+        off = wide - x_0.to(wide.dtype) if of_x0 else (eps - predicted).to(wide.dtype)
+        return _total(off.square())
 
     terms = []  # (mean, squared standard error) of each
     if steps is None:
         if grid is not None:
             raise ValueError(f"grid is the chain's and steps is None: give steps, or leave grid out; got {grid!r}")
         first = sde.t_min
-        low, high = (float(sde.half_log_snr(t)) for t in (sde.T, sde.t_min))
+        low, high = float(first_level(sde)), float(sde.half_log_snr(sde.t_min))
+        signal = math.exp(2 * low) if low > float(sde.half_log_snr(sde.T)) else float(sde.snr(sde.T))
         edges = torch.linspace(low, high, samples + 1, dtype=torch.float64).tolist()
         place = Noise(wide.reshape(len(x), -1)[:, 0].cpu(), seed, ids, purpose="bound level")
         noise.enter(low, high)
@@ -114,13 +118,18 @@ def variational_bound(
             draws.append((high - low) * error(sde.inverse_half_log_snr(lam).clamp(sde.t_min, sde.T)))
         terms.append(_mean(draws))
     else:
+        signal = float(sde.snr(sde.T))
         times = _chain(sde, "log_snr" if grid is None else grid, _checks.count(steps, "steps"))
         lam = sde.half_log_snr(times)
+        lam = torch.where(lam < math.log(NOTHING), -math.inf, lam)
         first, *rest = times.tolist()
         system.prepare([first, *rest], x0)
         for s, t, gap in zip([first, *rest], rest, (-lam.diff()).tolist(), strict=False):
             noise.enter(t, s)
-            terms.append(_mean([0.5 * math.expm1(2 * gap) * error(t) for _ in range(samples)]))
+            # SNR_s - SNR_t times the error of x_0 is this times that of eps; where SNR_t = 0, only the one has digits.
+            blind = math.isinf(gap)
+            weight = 0.5 * float(sde.snr(s)) if blind else 0.5 * math.expm1(2 * gap)
+            terms.append(_mean([weight * error(t, blind) for _ in range(samples)]))
     noise.enter(first, 0.0)
     std = math.exp(-float(sde.half_log_snr(first)))
     draws = []
@@ -131,7 +140,7 @@ def variational_bound(
     system.settle()
     diffusion = sum((mean for mean, _ in terms), torch.zeros_like(reconstruction))
     stderr = sum((v for _, v in terms), variance).sqrt()
-    prior = 0.5 * float(sde.snr(sde.T)) * _total(wide.square())
+    prior = 0.5 * signal * _total(wide.square())
     return VariationalBound(prior, diffusion, reconstruction, stderr, x[0].numel(), system.nfe)
 
 

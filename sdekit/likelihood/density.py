@@ -7,10 +7,11 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
-from sdekit.processes.reverse import Reverse, batch_time
+from sdekit.processes.counted import Moment
+from sdekit.processes.reverse import Reverse
 from sdekit.solvers.adams import Adams
 from sdekit.solvers.adaptive import State
-from sdekit.solvers.frame import FlowFrame, linear
+from sdekit.solvers.frame import FlowFrame, moment
 from sdekit.system import expand
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
@@ -18,17 +19,17 @@ _NO_GRADIENT = "score must be differentiable in x for its divergence; take no_gr
 
 
 class Divergence:
-    """The score and its divergence, in one network pass: exact, or one estimate for each probe."""
+    """What the model says and its divergence, in one network pass: exact, or one estimate for each probe."""
 
     def __init__(self, vectors: Tensor, exact: bool) -> None:
         self.vectors, self.exact = vectors, exact  # (n, B, *event)
         self.columns = 1 if exact else len(vectors)
 
-    def __call__(self, system: Reverse, x: Tensor, t: Tensor, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
-        """score(x, t) like x, and (b, columns): v . (ds/dx)^T v of every v, or its sum over unit vectors."""
+    def __call__(self, system: Reverse, x: Tensor, t: Moment, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
+        """The output o at t like x, and (b, columns): v . (do/dx)^T v of every v, or its sum over unit vectors."""
         with torch.enable_grad():
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
-            score = system.score(x, t)
+            score = system.model(x, t)
             if not score.requires_grad:
                 raise ValueError(_NO_GRADIENT)
             chunks = self.vectors.split(max(1, _VJP_NUMBERS // x.numel()))
@@ -94,17 +95,19 @@ class Density(Adams):
         lv = self.frame.levels(u)
         n = lv.alpha + lv.sigma
         x = columns[:, : self.d].reshape(-1, *self.event) * expand(n, columns).reshape(-1, *(1,) * len(self.event))
-        score, div = self.divergence(self.system, x, batch_time(lv.time, x), run, self.graph)
+        out, div = self.divergence(self.system, x, moment(lv, x), run, self.graph)
+        flat, out = x.reshape(-1, self.d), out.reshape(-1, self.d)
+        c, own = (expand(y, flat) for y in self.system.score_of(lv))
+        score = (c * out + own * flat).detach()
         for end, (points, scores, divs) in self.seen.items():
             there = u == self.ends[end]
             if there.any():
                 at = run[there]
-                points[at], scores[at] = x.detach()[there], score.detach()[there]
-                divs[at] = div.detach().mean(1)[there]
-        a, b = linear(lv)
-        flat, score = x.reshape(-1, self.d), score.reshape(-1, self.d)
-        self._pull = (expand(n, flat) * score).detach()  # grad log q(y)
-        slope = expand(a, flat) * score + expand(b, flat) * flat
+                points[at], scores[at] = x.detach()[there], score.reshape(x.shape)[there]
+                divs[at] = (c * div + own * self.d).detach().mean(1)[there]
+        a, b = self.frame.linear(lv)
+        self._pull = expand(n, flat) * score  # grad log q(y)
+        slope = expand(a, flat) * out + expand(b, flat) * flat
         return torch.cat(
             [slope, expand(n * a, flat) * div + expand(n * b * self.d, flat), torch.zeros_like(flat[:, :1])], 1
         )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.likelihood.density import Density, Divergence, make_divergence
-from sdekit.processes.reverse import Reverse, batch_time
+from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.sampling.fixed import start
 from sdekit.solvers.adaptive import adaptive
+from sdekit.solvers.frame import moment
 from sdekit.solvers.solution import SolverError
-from sdekit.system import Score
+from sdekit.system import Score, expand
 
 _MAX_NFE = 5_000  # a flow that needs more runs away
 
@@ -98,10 +99,13 @@ def log_likelihood(
     one that is not finite, SolverError where a sample cannot reach T.
     """
     _checks.instance(sde)
+    if not isinstance(differentiable, bool):
+        raise ValueError(f"differentiable must be True or False, got {differentiable!r}")
     x = _checks.state(x)
     x = x if differentiable else x.detach()
     make = make_divergence(x, divergence, probes, seed, ids)
-    return _solve(sde, score, x, True, make, rtol, atol, prior_log_prob, differentiable, progress)[1]
+    with torch.set_grad_enabled(differentiable):
+        return _solve(sde, score, x, True, make, rtol, atol, prior_log_prob, differentiable, progress)[1]
 
 
 def sample_with_log_prob(
@@ -132,7 +136,8 @@ def sample_with_log_prob(
         x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     x = x.detach()
     make = make_divergence(x, divergence, probes, seed, ids)
-    return _solve(sde, score, x, False, make, rtol, atol, prior_log_prob, False, progress)
+    with torch.no_grad():
+        return _solve(sde, score, x, False, make, rtol, atol, prior_log_prob, False, progress)
 
 
 def _solve(
@@ -152,24 +157,23 @@ def _solve(
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be float32 or float64 for a density, got {x.dtype}; a network may cast within")
     if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # derivatives are needed
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):  # derivatives are needed
             divergence = Divergence(divergence.vectors.clone(), divergence.exact)
             return _solve(sde, score, x.clone(), forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     b, d = x.shape[0], x[0].numel()
     system = sde.probability_flow(score)
+    system.prepare([sde.t_min, sde.T], x)
     method = Density(system, x, divergence, rtol, atol, graph)
     low, high = (float(sde.alpha(t) + sde.sigma(t)) for t in (sde.t_min, sde.T))
     first, last = (low, high) if forwards else (high, low)
     columns = torch.cat([x.reshape(b, d) / first, x.new_zeros(b, divergence.columns + 1)], 1)
     ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
-    with torch.set_grad_enabled(graph):
-        solution = adaptive(method, columns, ends if forwards else ends.flip(0), max_nfe=_MAX_NFE, progress=progress)
+    solution = adaptive(method, columns, ends if forwards else ends.flip(0), max_nfe=_MAX_NFE, progress=progress)
     if not solution.success:
         raise SolverError(solution)
     end = (solution.x[:, :d] * last).reshape(x.shape)
     latent = end if forwards else x
-    with torch.set_grad_enabled(graph):
-        prior = (prior_log_prob or sde.prior_log_prob)(latent)
+    prior = (prior_log_prob or sde.prior_log_prob)(latent)
     if prior.shape != (b,):
         raise ValueError(f"prior_log_prob must return shape ({b},), got {tuple(prior.shape)}")
     # log q(y) at t_min less that at T; log p(x) = log q(y) - d log n
@@ -210,8 +214,11 @@ def _truncation(
     v0, v1 = (float(sde.sigma(0.0)) / a0) ** 2, (float(sde.sigma(sde.t_min)) / a1) ** 2
     t = float(sde.inverse_half_log_snr(-math.log(2 * v1 - v0) / 2))
     a2, everyone = float(sde.alpha(t)), torch.arange(b, device=x.device)
-    far_x, far_t = x * (a2 * (2 / a1 - 1 / a0)), batch_time(torch.full((b,), t, dtype=torch.float64), x)
-    farther, div_farther = divergence(system, far_x, far_t, everyone, False)
+    far_x, lv = x * (a2 * (2 / a1 - 1 / a0)), system.levels(torch.full((b,), t, dtype=torch.float64))
+    out, div_out = divergence(system, far_x, moment(lv, x), everyone, False)
+    c, own = system.score_of(lv)
+    farther = expand(c, x) * out + expand(own, x) * far_x
+    div_farther = expand(c, div_out) * div_out + expand(own, div_out) * d
     near, far = (a1 * score).reshape(b, d), (a2 * farther).reshape(b, d)
     slope = (a1**2 * div + near.square().sum(1)) / 2
     bend = (v1 - v0) / 2 * ((a2**2 * div_farther.mean(1) + far.square().sum(1)) / 2 - slope)
@@ -224,15 +231,18 @@ def _truncation(
 def _mismatch(sde: SDE, system: Reverse, x: Tensor, score: Tensor, div: Tensor) -> tuple[Tensor, Tensor]:
     """log p_T(x) - log prior(x) to second order in alpha/sigma, and the size of that order; one evaluation, at x = 0.
 
-    Its gradient is  delta(x) = score(x, T) + x/sigma^2,  linear in x to this order, so that along the ray from 0 the
-    trapezium is exact; at 0 it is  log E exp(-alpha^2 |x_0|^2/(2 sigma^2)) = -sigma^2/2 (div delta + |delta(0)|^2).
+    Nothing, and no evaluation, where alpha(T) = 0. Its gradient is  delta(x) = score(x, T) + x/sigma^2,  linear in x to
+    this order, so that along the ray from 0 the trapezium is exact; at 0 it is  log E exp(-alpha^2 |x_0|^2/(2 sigma^2))
+    = -sigma^2/2 (div delta + |delta(0)|^2).
     """
     b, d = x.shape[0], x[0].numel()
+    lv = system.levels(torch.full((b,), sde.T, dtype=torch.float64))
+    if bool((lv.alpha == 0).all()):  # p_T is the prior
+        return x.new_zeros(b), x.new_zeros(b)
     var = float(sde.sigma(sde.T)) ** 2
-    with torch.no_grad():
-        at_zero = system.score(
-            torch.zeros_like(x), batch_time(torch.full((b,), sde.T, dtype=torch.float64), x)
-        ).reshape(b, d)
+    with torch.no_grad():  # at x = 0, where the score is a output
+        out = system.model(torch.zeros_like(x), moment(lv, x))
+        at_zero = (expand(system.score_of(lv)[0], x) * out).reshape(b, d)
     x, delta = x.reshape(b, d), (score + x / var).reshape(b, d)
     first = (at_zero * x).sum(1)
     second = ((delta - at_zero) * x).sum(1) / 2 - var / 2 * (div + d / var + at_zero.square().sum(1))

@@ -1,6 +1,7 @@
 """GaussianMixture: data with an exact score, density and marginals under any process. The oracle."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.sde import SDE
-from sdekit.system import Score, Time, as_time
+from sdekit.system import Time, as_time
 
 
 class GaussianMixture:
@@ -70,17 +71,20 @@ class GaussianMixture:
         log_r, _, _ = self._parts(x, torch.ones(()).double(), torch.zeros(()).double())
         return log_r.logsumexp(1).to(x)
 
-    def score(self, sde: SDE) -> Score:
-        """grad log p_t as a score (x, t) -> like x; t is 0-d or (B,)."""
+    def score(self, sde: SDE) -> "MixtureScore":
+        """grad log p_t as a score (x, t) -> like x; t is 0-d or (B,). As a model it predicts v, which it knows at
+        alpha = 0 too.
+        """
+        return MixtureScore(self, sde)
 
-        def score(x: Tensor, t: Time) -> Tensor:
-            time = as_time(t, sde.T).cpu()
-            log_r, z, v = self._parts(x, sde.alpha(time), sde.sigma(time))
-            r = log_r.softmax(1)
-            out = torch.einsum("bkj,kdj,bk->bd", z / v, self.eigenvectors.to(z), r)
-            return -out.reshape(x.shape).to(x)
-
-        return score
+    def _score(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the score (B, D), and E[x_0|x] (B, D), float64; each is exact at both ends of the noise levels."""
+        log_r, z, v = self._parts(x, a, s)
+        r, u = log_r.softmax(1), self.eigenvectors.to(z)
+        out = torch.einsum("bkj,kdj,bk->bd", z / v, u, r)
+        gain = a.to(z).reshape(-1, 1, 1) * self.eigenvalues.to(z) / v  # of the component's posterior mean
+        x_0 = torch.einsum("bkj,kdj,bk->bd", gain * z, u, r) + r @ self.means.to(z)
+        return out, x_0
 
     def _parts(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N_k(x) (B, K); x - a m_k in k's eigenvectors (B, K, D); its variances, (B or 1, K, D)."""
@@ -98,6 +102,33 @@ class GaussianMixture:
         z = torch.einsum("bkd,kdj->bkj", flat.unsqueeze(1) - a * means, u)
         log_n = -0.5 * (z**2 / v + v.log()).sum(-1) - 0.5 * d * math.log(2 * math.pi)
         return w.log() + log_n, z, v
+
+
+class MixtureScore:
+    """The exact model of a :class:`GaussianMixture` under a process; made by its ``score``."""
+
+    predicts = "v"
+
+    def __init__(self, mixture: GaussianMixture, sde: SDE) -> None:
+        self.mixture, self.sde = mixture, sde
+
+    def __call__(self, x: Tensor, t: Time) -> Tensor:
+        """grad log p_t, like x."""
+        time = as_time(t, self.sde.T).cpu()
+        out, _ = self.mixture._score(x, self.sde.alpha(time), self.sde.sigma(time))
+        return -out.reshape(x.shape).to(x)
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """alpha eps - sigma x_0, like x."""
+        time = time.cpu()
+        a, s = self.sde.alpha(time), self.sde.sigma(time)
+        out, x_0 = self.mixture._score(x, a, s)
+        a, s = (y.to(out).reshape(-1, 1) for y in (a, s))
+        return (a * s * out - s * x_0).reshape(x.shape).to(x)
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:
+        """Nothing."""
+        return [None] * len(times)
 
 
 def _numbers(a: Any) -> Tensor:

@@ -1,72 +1,41 @@
-"""Scores: any callable (x, t) -> like x. The only place that knows a network's time and output convention."""
+"""A trained network as a model. The only place that knows a network's time, conditions and output."""
 
 import copy
-from collections.abc import Callable
-from functools import cached_property
+import dataclasses
+import numbers
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sdekit import _checks
+from sdekit.processes.counted import asked
+from sdekit.processes.kinds import KINDS, Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
 from sdekit.system import as_time, expand
-
-
-class _Schedule:
-    """alpha, sigma and, where somebody asks, their derivatives at t, in the form that multiplies x."""
-
-    def __init__(self, sde: SDE, t: Tensor, x: Tensor) -> None:
-        self._sde, self._t, self._x = sde, t, x
-        self.a, self.s = expand(sde.alpha(t), x), expand(sde.sigma(t), x)
-
-    @cached_property
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """(alpha', sigma'), from f = alpha'/alpha and g^2 = 2 sigma sigma' - 2 f sigma^2."""
-        c = self._sde.coefficients(self._t)
-        return expand(c.f * c.alpha, self._x), expand(c.g2 / (2 * c.sigma) + c.f * c.sigma, self._x)
-
-
-def _eps_from_flow(x: Tensor, out: Tensor, k: _Schedule) -> Tensor:
-    da, ds = k.slopes
-    return (k.a * out - da * x) / (k.a * ds - k.s * da)
-
-
-# What a network may predict, each turned into eps with x = a x_0 + s eps.
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor, _Schedule], Tensor]] = {
-    "score": lambda x, out, k: -k.s * out,
-    "eps": lambda x, out, k: out,
-    "x0": lambda x, out, k: (x - k.a * out) / k.s,
-    "v": lambda x, out, k: (k.a * out + k.s * x) / (k.a**2 + k.s**2),
-    "flow": _eps_from_flow,
-}
-
-# The other way: what a perfect network predicts for the pair (x_0, eps).
-_TARGETS: dict[str, Callable[[Tensor, Tensor, _Schedule], Tensor]] = {
-    "score": lambda x0, eps, k: -eps / k.s,
-    "eps": lambda x0, eps, k: eps,
-    "x0": lambda x0, eps, k: x0,
-    "v": lambda x0, eps, k: k.a * eps - k.s * x0,
-    "flow": lambda x0, eps, k: k.slopes[0] * x0 + k.slopes[1] * eps,
-}
 
 
 def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What a perfect network predicts for the pair (x_0, eps) at t: the regression target of training.
 
-    score -eps/s;  eps;  x_0;  v = a eps - s x_0 (Salimans & Ho 2022);  flow = a' x_0 + s' eps.
+    score -eps/s;  eps;  x_0;  v = a eps - s x_0 (Salimans & Ho 2022);  flow = the process's velocity, a' x_0 + s' eps.
     """
-    return _checks.lookup(_TARGETS, predicts, "prediction")(x0, eps, _Schedule(sde, t, x0))
+    m, n = kind_of(predicts, sde, t)
+    return expand(m, x0) * x0 + expand(n, x0) * eps
 
 
 def eps_slope(predicts: str, sde: SDE, t: Tensor) -> Tensor:
     """d eps/d output, of t's shape: eps is linear in what a network predicts, plus a term in x and t alone."""
-    zero = torch.zeros_like(t)
-    return _checks.lookup(PREDICTIONS, predicts, "prediction")(zero, torch.ones_like(t), _Schedule(sde, t, zero))
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    return express(Kind(zero, one), kind_of(predicts, sde, t), sde.alpha(t), sde.sigma(t))[0]
 
 
 class NetworkScore:
-    """The score of a trained network; made by :func:`as_score`, called as ``score(x, t)``.
+    """The model that a trained network is; made by :func:`as_score`, called as ``score(x, t)``.
 
     ``event``, ``data_range`` and ``levels``: the data's shape without the batch, their bounds, and of how many equal
     steps between these they were (None: continuous), where a checkpoint tells them.
@@ -75,78 +44,237 @@ class NetworkScore:
     event: tuple[int, ...] | None = None
     data_range: tuple[float, float] | None = None
     levels: int | None = None
-    _labels: Tensor | None = None
 
-    def __init__(self, network: Callable[..., Tensor], sde: SDE, predicts: str, time: Callable[[Tensor], Tensor]):
-        self.network, self.sde, self.predicts, self._time = network, sde, predicts, time
-        self._eps = _checks.lookup(PREDICTIONS, predicts, "prediction")
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        sde: SDE,
+        predicts: str,
+        time: Callable[[Tensor], Tensor] | None,
+        output: str | int | Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        _checks.lookup(KINDS, predicts, "prediction")
+        self.network, self.sde, self.predicts, self._time, self._take = network, sde, predicts, time, output
         weights = network.parameters() if isinstance(network, nn.Module) else iter(())
         self._weight = next((w for w in weights if w.is_floating_point()), None)
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._chosen: tuple[Any, Any, Any] = (None, None, None)  # the conditions of the samples last asked for
 
     @property
     def device(self) -> torch.device | None:
         """Where the network's weights are; None for a plain callable. Samplers draw there by default."""
         return None if self._weight is None else self._weight.device
 
-    def given(self, labels: Tensor | int | None) -> "NetworkScore":
-        """The score of p(x | label): the network is called as network(x, t, labels).
+    def given(self, *args: Any, **kwargs: Any) -> "NetworkScore":
+        """The score of p(x | conditions): the network is called as network(x, t, *args, **kwargs).
 
-        ``labels``: one for all samples, or (B,), int64, one for each (with solvers that keep the batch together).
-        With None, as without, the network decides; those of :mod:`sdekit.training` then take no condition.
+        Tensors (nested in tuples, lists and mappings too; arrays become tensors) whose first axis is the batch follow
+        their samples: into chunks, and where finished samples leave the batch of an adaptive solver. Whatever else
+        there is (numbers, flags, tensors with a first axis of one or of another meaning) is passed as it is. A whole
+        number as a positional argument, or a 0-d tensor of whole numbers, is a label for all samples, and goes as
+        (B,). ``given()`` or ``given(None)`` is without conditions. Where no tensor fits the batch though one should, a
+        ValueError says so before the first step.
         """
         other = copy.copy(self)
-        other._labels = None if labels is None else torch.as_tensor(labels)
+        nothing = all(a is None for a in args) and not kwargs
+        whole = [isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in args]
+        args = tuple(torch.tensor(int(a)) if is_whole else a for a, is_whole in zip(args, whole, strict=True))
+        other._given, other._chosen = None if nothing else (args, kwargs), (None, None, None)
         return other
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         """Score at x (B, *event) and t (0-d or (B,)), like x."""
         time = as_time(t, self.sde.T)
-        out, k = self.output(x, time), _Schedule(self.sde, time, x)
-        return -self._eps(x, out, k) / k.s
+        if self.predicts == "score":
+            return self.output(x, time)
+        a, b = to_score(self.predicts, self.sde, time)
+        return expand(a, x) * self.output(x, time) + expand(b, x) * x
 
-    def output(self, x: Tensor, time: Tensor) -> Tensor:
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """What the network's clock says of the times of a loop: numbers, or (B,) where only a batch of them can tell.
+
+        Raises ValueError for conditions that do not fit x's batch.
+        """
+        self._conditions(x)
+        if self._time is None:
+            return times
+        return [self._clock(t, x) for t in torch.tensor(times, dtype=torch.float64).unbind()]
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What the network itself says, a ``predicts`` like x, at x (B, *event) and time (0-d or (B,)), float64."""
-        dtype = x.dtype if self._weight is None else self._weight.dtype
-        # A time keeps at least float32: in bf16 it would have three digits.
-        wide = torch.promote_types(dtype, torch.float32)
-        clock = self._time(time.expand(x.shape[0] if time.ndim or time.device == x.device else 1))
-        if clock.shape == (1,):  # to another device as a number for its kernel: the host would wait for a copy
-            network_time = x.new_zeros(x.shape[0], dtype=wide) + clock.reshape(()).to(wide)
+        if isinstance(ready, float):
+            clock = torch.full((x.shape[0],), ready, dtype=self._wide(x), device=x.device)
+        elif ready is None or ready.shape[0] != x.shape[0] or ready.device != x.device:
+            clock = self._clock(time, x)
         else:
-            network_time = clock.expand(x.shape[0], *clock.shape[1:]).to(x.device, wide)
-        condition: tuple[Tensor, ...] = ()
-        if self._labels is not None:
-            if self._labels.ndim and len(self._labels) != x.shape[0]:
-                raise ValueError(f"labels were given for {len(self._labels)} samples, and x has {x.shape[0]}")
-            self._labels = self._labels.to(x.device)  # once
-            condition = (self._labels.expand(x.shape[0]),)
-        out = self.network(x.to(dtype), network_time, *condition).to(x.dtype)
-        if out.shape != x.shape:
-            raise ValueError(f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-        return out
+            clock = ready.clone()  # which the network may change
+        dtype = x.dtype if self._weight is None else self._weight.dtype
+        y = x if x.dtype is dtype else x.to(dtype)
+        if self._given is None:
+            out = self.network(y, clock)
+        else:
+            args, kwargs = self._conditions(x)
+            out = self.network(y, clock, *args, **kwargs)
+        if self._take is not None:
+            out = _taken(out, self._take, x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise ValueError(_wrong_output(out, x))
+        return out if out.dtype is x.dtype else out.to(x.dtype)
+
+    def _wide(self, x: Tensor) -> torch.dtype:
+        """A time keeps at least float32: in bf16 it would have three digits."""
+        return torch.promote_types(x.dtype if self._weight is None else self._weight.dtype, torch.float32)
+
+    def _clock(self, time: Tensor, x: Tensor) -> Tensor:
+        clock = time.expand(x.shape[0] if time.ndim or time.device == x.device else 1)
+        clock = clock if self._time is None else self._time(clock)
+        dtype = self._wide(x) if clock.is_floating_point() else clock.dtype  # whole numbers stay what they are
+        if clock.shape == (1,) and clock.device != x.device:  # as a number: a device's host would wait for a copy
+            return torch.full((x.shape[0],), clock.item(), dtype=dtype, device=x.device)
+        return clock.expand(x.shape[0], *clock.shape[1:]).to(x.device, dtype)
+
+    def _conditions(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The conditions of the samples that x are, on x's device."""
+        if self._given is None:
+            return (), {}
+        here = asked()
+        rows, total = (None, x.shape[0]) if here is None else here
+        for_rows, key, chosen = self._chosen
+        if chosen is not None and for_rows is rows and key == (total, x.device):
+            return chosen
+        lengths: list[int] = []
+        _mapped(lambda y: lengths.append(len(y)) if y.ndim and len(y) != 1 else None, self._given)
+        if lengths and total not in lengths:
+            raise ValueError(
+                f"conditions were given for {lengths[0]} samples, and x has {total}: their first axis must be the "
+                "batch (or 1); what all samples share is better bound to the network, as by functools.partial"
+            )
+
+        def choose(y: Tensor) -> Tensor:
+            y = y.to(x.device)
+            if y.ndim == 0:
+                return y if y.is_floating_point() else y.expand(x.shape[0])
+            return y[rows] if len(y) == total and rows is not None else y
+
+        chosen = _mapped(choose, self._given)
+        self._chosen = (rows, (total, x.device), chosen)
+        return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which has no way to keep a function without a name (cloudpickle has)."""
+        if any(_modules_above("cloudpickle", "dill")):
+            return {**self.__dict__, "_chosen": (None, None, None)}
+        for name, function in (("network", self.network), ("time", self._time), ("output", self._take)):
+            if "<" in getattr(function, "__qualname__", ""):
+                raise pickle.PicklingError(
+                    f"{name} is a lambda or a function within a function, which cannot be pickled; give as_score a "
+                    "function of a module, or functools.partial of one"
+                )
+        return {**self.__dict__, "_chosen": (None, None, None)}
+
+    def __copy__(self) -> "NetworkScore":
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkScore":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        other._weight = None
+        if isinstance(other.network, nn.Module):
+            other._weight = next((w for w in other.network.parameters() if w.is_floating_point()), None)
+        return other
 
 
 def as_score(
-    network: Callable[..., Tensor],
+    network: Callable[..., Any],
     sde: SDE,
     predicts: str = "score",
     *,
     time: Callable[[Tensor], Tensor] | None = None,
+    output: str | int | Callable[[Any], Tensor] | None = None,
 ) -> NetworkScore:
     """The score of any trained network ``network(x, t)``.
 
     ``predicts``: what it returns, with x = alpha x_0 + sigma eps: "score", "eps" (score = -eps/sigma),
-    "x0", "v" (alpha eps - sigma x_0) or "flow" (alpha' x_0 + sigma' eps).
+    "x0", "v" (alpha eps - sigma x_0) or "flow" (``sde.velocity``: alpha' x_0 + sigma' eps; for RectifiedFlow
+    eps - x_0 whatever its shift). Solvers work on what it says itself, not on a score made of it.
     ``time``: the network's own clock, from sde's t (float64, (B,); (1,) on a GPU where all samples share it) to what
     the network takes; for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's
-    c_noise.
+    c_noise. Whole numbers reach the network as such.
+    ``output``: where the prediction is in what the network returns: an attribute ("sample"), a key, an index, or a
+    callable; "mean" takes the first C channels of the 2 C that a network with learned variance returns.
     The network gets x in the dtype of its weights (x's own for a plain callable) and t as (B,), in float32
-    or wider, on x's device; the score comes back like x, so a float32 state runs with a bf16 network.
+    or wider, on x's device; the score comes back like x, so a float32 state runs with a bf16 network. Conditions:
+    :meth:`NetworkScore.given`.
 
-    Raises ValueError for an unknown ``predicts``, and for zero terminal SNR, alpha(T) = 0, where
-    the score says nothing of x_0 and x_0 = (x - sigma eps)/alpha is infinite (Lin et al. 2024).
+    Raises TypeError or ValueError for arguments that are none of these. A network that predicts eps or a score cannot
+    start where alpha(T) = 0, since it says nothing of x_0 there (Lin et al. 2024); a solver that is to says so.
     """
     if not callable(network):
         raise TypeError(f"network must be a callable (x, t) -> tensor, got {type(network).__name__}")
-    sde.require_signal_at_T()
-    return NetworkScore(network, sde, predicts, time or (lambda t: t))
+    _checks.instance(sde)
+    if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
+        raise TypeError(f"output must be an attribute, a key, an index or a callable, got {output!r}")
+    return NetworkScore(network, sde, predicts, time, output)
+
+
+def _mapped(f: Callable[[Tensor], Any], y: Any) -> Any:
+    """y with f of every tensor in it, in tuples, lists and mappings of any kind."""
+    if isinstance(y, Tensor):
+        return f(y)
+    if isinstance(y, np.ndarray):
+        return f(torch.from_numpy(y))
+    if isinstance(y, MutableMapping):
+        new = copy.copy(y)
+        for key, value in y.items():
+            new[key] = _mapped(f, value)
+        return new
+    if isinstance(y, tuple | list):
+        parts = [_mapped(f, value) for value in y]
+        return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)
+    return y
+
+
+def _modules_above(*names: str) -> Iterator[bool]:
+    """For every caller, whether it is in a package of these names."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_globals.get("__name__", "").partition(".")[0] in names
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _taken(out: Any, where: Any, x: Tensor) -> Any:
+    """The prediction in what a network returned."""
+    if callable(where):
+        return where(out)
+    if where == "mean" and isinstance(out, Tensor):
+        return out[:, : x.shape[1]]
+    if isinstance(where, str) and not isinstance(out, Mapping) and hasattr(out, where):
+        return getattr(out, where)
+    try:
+        return out[where]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"output={where!r} is not in what the network returned, {_described(out)}") from None
+
+
+def _wrong_output(out: Any, x: Tensor) -> str:
+    if not isinstance(out, Tensor):
+        return f"the network returned {_described(out)}; say where the prediction is with as_score(..., output=...)"
+    said = f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}"
+    if x.ndim > 1 and out.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        said += '; twice the channels are a mean and a learned variance: as_score(..., output="mean") takes the mean'
+    return said
+
+
+def _described(out: Any) -> str:
+    """What a network returned, in words."""
+    if isinstance(out, Mapping):
+        return f"a {type(out).__name__} of {', '.join(map(repr, out))}"
+    if dataclasses.is_dataclass(out):
+        return f"a {type(out).__name__} with {', '.join(f.name for f in dataclasses.fields(out))}"
+    if isinstance(out, tuple | list):
+        names = getattr(out, "_fields", None)
+        return f"a {type(out).__name__} of {', '.join(names) if names else f'{len(out)} entries'}"
+    return f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else f"a {type(out).__name__}"

@@ -1,28 +1,34 @@
-"""Score -> score: the prediction of x_0 kept inside the data's range."""
+"""Model -> model: the prediction of x_0 kept inside the data's range."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.processes.counted import as_model
+from sdekit.processes.kinds import Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
 from sdekit.system import Score, as_time, expand
 
 
 class Thresholded:
-    """A score whose x_0 has been moved: score + alpha (f(x_0) - x_0)/sigma^2, with x_0 = (x + sigma^2 score)/alpha.
+    """A model whose x_0 has been moved: with f the move and o what the model inside says, o + c (f(x_0) - x_0), where
+    x_0 = a o + b x and c is what x_0 adds to an o of its kind at given x (alpha/sigma^2 to a score).
 
-    Where f leaves x_0 as it is, the score is bit for bit what it was. ``event`` and ``device`` are those of the score
-    inside.
+    Where f leaves x_0 as it is, the model says bit for bit what it said. ``event`` and ``device`` are those of the
+    score inside.
     """
 
     def __init__(
         self, sde: SDE, score: Score, move: Callable[[Tensor], Tensor], data_range: tuple[float, float]
     ) -> None:
-        self.sde, self.score, self._move, self.data_range = sde, score, move, data_range
-        self.event = getattr(score, "event", None)
+        self.score, self._move, self.data_range = score, move, data_range
+        self._inside = as_model(score, sde)
+        self.sde = self._inside.sde
+        self.predicts, self.event = self._inside.predicts, getattr(score, "event", None)
 
     @property
     def device(self) -> torch.device | None:
@@ -32,13 +38,32 @@ class Thresholded:
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         """Score at x (B, *event) and t (0-d or (B,)), like x."""
         time = as_time(t, self.sde.T)
-        alpha, sigma = expand(self.sde.alpha(time), x), expand(self.sde.sigma(time), x)
-        score = self.score(x, t)
-        if score.shape != x.shape:
-            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(score.shape)}")
-        score = score.to(x.dtype)
-        x_0 = (x + sigma**2 * score) / alpha
-        return score + (alpha / sigma**2) * (self._move(x_0) - x_0)
+        out = self.output(x, time)
+        if self.predicts == "score":
+            return out
+        a, b = to_score(self.predicts, self.sde, time)
+        return expand(a, x) * out + expand(b, x) * x
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the model inside says, of a moved x_0."""
+        inside, numbers = (None, [expand(y, x) for y in self._numbers(time)]) if ready is None else ready
+        a, b, c = numbers
+        out = self._inside.output(x, time, inside)
+        if out.shape != x.shape:
+            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
+        out = out.to(x.dtype)
+        x_0 = a * out + b * x
+        return out + c * (self._move(x_0) - x_0)
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
+        """The numbers at these times, and what the model inside makes of them."""
+        columns = [y.tolist() for y in self._numbers(torch.tensor(times, dtype=torch.float64))]
+        return list(zip(self._inside.prepare(times, x), zip(*columns, strict=True), strict=True))
+
+    def _numbers(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)
+        said, x_0 = kind_of(self.predicts, self.sde, time), Kind(torch.ones_like(alpha), torch.zeros_like(alpha))
+        return *express(x_0, said, alpha, sigma), express(said, x_0, alpha, sigma)[0]
 
 
 def static_threshold(sde: SDE, score: Score, data_range: Sequence[float] | None = None) -> Thresholded:
@@ -49,7 +74,7 @@ def static_threshold(sde: SDE, score: Score, data_range: Sequence[float] | None 
     Raises ValueError for a range that is missing or empty.
     """
     low, high = _range(score, data_range)
-    return Thresholded(sde, score, lambda x_0: x_0.clamp(low, high), (low, high))
+    return Thresholded(sde, score, partial(torch.clamp, min=low, max=high), (low, high))
 
 
 def dynamic_threshold(
@@ -65,17 +90,17 @@ def dynamic_threshold(
     percentile = _checks.positive(percentile, "percentile")
     if percentile > 1:
         raise ValueError(f"percentile must lie in (0, 1], got {percentile:g}")
-    middle, half = (low + high) / 2, (high - low) / 2
-
-    def press(x_0: Tensor) -> Tensor:
-        off = x_0 - middle
-        flat = off.reshape(len(off), -1).abs()
-        k = min(flat.shape[1], int(percentile * (flat.shape[1] - 1)) + 1)  # kthvalue: quantile has a limit of size
-        s = flat.kthvalue(k, dim=1).values.clamp_min(half).reshape(-1, *(1,) * (off.ndim - 1))
-        inside = s <= half  # nothing to do for that sample, to the bit
-        return torch.where(inside & (off.abs() <= half), x_0, middle + off.clamp(-s, s) * (half / s))
-
+    press = partial(_press, middle=(low + high) / 2, half=(high - low) / 2, percentile=percentile)
     return Thresholded(sde, score, press, (low, high))
+
+
+def _press(x_0: Tensor, middle: float, half: float, percentile: float) -> Tensor:
+    off = x_0 - middle
+    flat = off.reshape(len(off), -1).abs()
+    k = min(flat.shape[1], int(percentile * (flat.shape[1] - 1)) + 1)  # kthvalue: quantile has a limit of size
+    s = flat.kthvalue(k, dim=1).values.clamp_min(half).reshape(-1, *(1,) * (off.ndim - 1))
+    inside = s <= half  # nothing to do for that sample, to the bit
+    return torch.where(inside & (off.abs() <= half), x_0, middle + off.clamp(-s, s) * (half / s))
 
 
 def _range(score: Score, data_range: Sequence[float] | None) -> tuple[float, float]:

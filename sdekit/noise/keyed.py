@@ -14,6 +14,7 @@ from torch import Tensor
 from sdekit import _checks
 
 _SHARE = 256  # numbers that one call of the generator makes, at least; part of what a seed means
+_FLOAT32 = struct.Struct("<ff")
 _INCREMENT = np.random.PCG64DXSM(0).state["state"]["inc"]
 
 
@@ -22,7 +23,9 @@ class Noise:
 
     The numbers of sample ids[i] are a function of (seed, ids[i], ``purpose``), the interval last entered and how many
     draws came before in it: not of the batch, nor of what was drawn in other intervals. So a run may be cut into
-    batches, spread over processes or taken up again in the middle, and draws the same. They are made on the CPU by
+    batches, spread over processes or taken up again in the middle, and draws the same. An interval is known by its ends
+    as float32 numbers, so that a grid whose last bits another formula or mathematics library makes otherwise draws the
+    same too. They are made on the CPU by
     NumPy's PCG64DXSM, set for each draw to a state that is a BLAKE2b hash of all these, and moved to the device (a
     GPU's from pinned memory): every device has the same numbers; another dtype, or another version of NumPy's normals,
     may have others. No global generator is read or moved.
@@ -65,7 +68,7 @@ class Noise:
 
     def enter(self, t: float, s: float) -> None:
         """The draws that follow are those of the step from t to s, from its first on. Loops call it, rules draw."""
-        self._interval, self._drawn = (t, s), 0
+        self._interval, self._drawn = _FLOAT32.unpack(_FLOAT32.pack(t, s)), 0
 
     def normal(self) -> Tensor:
         """The next standard normal tensor of the interval, (B, *event)."""

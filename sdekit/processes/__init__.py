@@ -1,8 +1,19 @@
 """Forward processes, each its alpha and its sigma, and the reverse family that follows from them."""
 
-from sdekit.processes.gaussian import VESDE, VPSDE, HeatODE, SubVPSDE
+from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
 
-__all__ = ["SDE", "VESDE", "VPSDE", "BetaTable", "HeatODE", "Reverse", "SigmaTable", "SubVPSDE"]
+__all__ = [
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "BetaTable",
+    "CosineVP",
+    "HeatODE",
+    "RectifiedFlow",
+    "Reverse",
+    "SigmaTable",
+    "SubVPSDE",
+]

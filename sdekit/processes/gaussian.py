@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
 from sdekit.processes.sde import SDE
+from sdekit.system import Time, as_time
 
 
 class VPSDE(SDE):
@@ -109,6 +111,56 @@ class HeatODE(SDE):
     def sigma(self, t: Tensor) -> Tensor:
         """The given sigma_t; t unless given."""
         return t if self._sigma is None else self._sigma(t)
+
+
+class RectifiedFlow(SDE):
+    """Rectified flow: alpha = 1 - u, sigma = u, with  u = shift t/(1 + (shift - 1) t),  T = 1, where alpha = 0.
+
+    ``shift`` > 1 gives high noise more of the time (Esser et al. 2024, eq. 23); samples are the same, since u is all
+    that there is of t. The velocity that its networks predict ("flow") is that in u, eps - x_0, whatever the shift.
+    Lipman et al. 2023; Liu et al. 2023. t_min is where u = 1e-3. Raises ValueError for shift <= 0.
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.shift = _checks.positive(shift, "shift")
+        self.t_min = 1e-3 / (self.shift - (self.shift - 1) * 1e-3)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1 - u, to rounding where it is small."""
+        return (1 - t) / (1 + (self.shift - 1) * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """u."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def velocity(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(-1, 1): eps - x_0."""
+        one = torch.ones_like(as_time(t, self.T))
+        return -one, one
+
+
+class CosineVP(SDE):
+    """Variance preserving with  alpha = cos(pi/2 (t + s)/(1 + s))/cos(pi/2 s/(1 + s)),  sigma^2 = 1 - alpha^2.
+
+    Nichol & Dhariwal 2021, eq. 17, without their clipping: alpha(1) = 0. Raises ValueError for s < 0.
+    """
+
+    t_min = 1e-4
+
+    def __init__(self, s: float = 0.008) -> None:
+        self.s = _checks.positive(s, "s", zero=True)
+
+    def _angle(self, t: Any) -> Any:
+        return math.pi / 2 * t / (1 + self.s)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """By the sine of what is left to T, which is 0 there."""
+        return torch.sin(self._angle(1 - t)) / math.cos(self._angle(self.s))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sqrt(1 - alpha^2), as a product of sines, which loses no digits."""
+        product = torch.sin(self._angle(t)) * torch.sin(self._angle(t + 2 * self.s))
+        return product.sqrt() / math.cos(self._angle(self.s))
 
 
 def _increasing(low_name: str, low: float, high_name: str, high: float) -> tuple[float, float]:

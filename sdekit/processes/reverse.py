@@ -1,13 +1,18 @@
-"""The reverse family of a process and a score: what the step rules of a sampler see."""
+"""The reverse family of a process and a model: what the step rules of a sampler see."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.system import Levels, Process, Score, System, Time, as_time, expand, float64
+from sdekit.processes.counted import Counted, Moment, as_model
+from sdekit.processes.kept import MOST, kept
+from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score, zero_signal
+from sdekit.system import NOTHING, Levels, Process, Score, System, Time, as_time, expand, float64, holds
+
+V = TypeVar("V")
 
 
 class Node(NamedTuple):
@@ -18,7 +23,9 @@ class Node(NamedTuple):
     f: Any  # d log(alpha)/dt
     g2: Any  # squared diffusion
     lam: Any  # half log-SNR
-    time: Tensor  # what the score is given
+    said: Kind  # what the model predicts
+    drift: tuple[Any, Any]  # a, b of the drift, a output + b x
+    time: Moment  # what the model is given
 
 
 class Reverse(System):
@@ -26,20 +33,22 @@ class Reverse(System):
 
     Every ``churn`` >= 0 has the marginals p_t: 1 is the reverse SDE, 0 the probability flow, above 1
     is more noise than the process had. t is a float, a 0-d or a (B,) tensor; everything returned is like x.
-    Raises ValueError for churn < 0 and for a process with zero terminal SNR.
+    ``model(x, moment)``: what the model says, counted; :meth:`express` has the numbers that make of it whatever kind
+    of prediction a rule works with.
+    Raises ValueError for churn < 0, and for a model that says nothing where alpha = 0 if it is asked there.
     """
 
     def __init__(self, sde: Process, score: Score, churn: float = 1.0) -> None:
         self.churn = _checks.positive(churn, "churn", zero=True)
-        sde.require_signal_at_T()
-        self.sde, self.score = sde, CountedScore(score)
+        self.sde, self.model = sde, Counted(as_model(score, sde))
         self._nodes: dict[float, Node] = {}  # at the times of the loop that runs, once it has asked for one
         self._visits: frozenset[float] = frozenset()
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def nfe(self) -> int:  # type: ignore[override]
         """Network evaluations so far, counted at the network."""
-        return self.score.nfe
+        return self.model.nfe
 
     @property
     def backwards_only(self) -> bool:  # type: ignore[override]
@@ -52,69 +61,189 @@ class Reverse(System):
         return self.sde.t_min, self.sde.T
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
-        """Remember all times of a loop, so that the first look tabulates the process at all of them in one call."""
+        """All times of a loop. What is computed of them is kept for the next loop over the same, of any system."""
         self._nodes, self._visits = {}, frozenset(times)
+        model, sde = self.model.model, self.sde
+        visits = torch.tensor(sorted(self._visits), dtype=torch.float64)
 
-    def _node(self, t: float) -> Node:
-        node = self._nodes.get(t)
-        if node is not None:
-            return node
-        if t not in self._visits:
-            return self._tabulated([t])[t]
-        self._nodes = self._tabulated(list(self._visits))
-        return self._nodes[t]
+        def make() -> dict[Hashable, Any]:
+            if bool((self.levels(visits).alpha == 0).any()):
+                self._require_signal()
+            return {}
 
-    def _tabulated(self, times: list[float]) -> dict[float, Node]:
-        time = torch.tensor(times, dtype=torch.float64)
-        columns: list[list[Any]] = [y.tolist() for y in self._row(time)]
-        return dict(zip(times, map(Node, *columns, time.unbind()), strict=True))
+        def watch(times: Tensor) -> list[Tensor]:
+            seen = [sde.alpha(times), sde.sigma(times)]
+            if model.predicts == "flow":
+                seen += kind_of("flow", model.sde, times)
+            return seen if model.sde is sde else [*seen, model.sde.alpha(times), model.sde.sigma(times)]
+
+        key = (self._visits, self.churn, model.predicts, model.sde is sde, sde.T, sde.t_min)
+        self._kept = kept(sde, key, make, lambda _: visits, watch)
+        model.prepare((), x)  # what does not fit x says so before the first step
+
+    def _require_signal(self) -> None:
+        """Raise ValueError for a model that says nothing where alpha = 0."""
+        model, T = self.model.model, torch.tensor([self.sde.T], dtype=torch.float64)
+        if model.predicts in BLIND:
+            raise ValueError(zero_signal(self.sde, model.predicts))
+        if model.sde is not self.sde and float(self.said(self.levels(T)).n.isfinite()) == 0:
+            raise ValueError(
+                f"the model was wrapped for another {type(model.sde).__name__} than {type(self.sde).__name__} is, and "
+                "where alpha = 0 its prediction cannot be carried over: wrap it for this process (as_score)"
+            )
+
+    def keep(self, key: Hashable, make: Callable[[], V]) -> V:
+        """``make()``, once for a grid: a function of process, churn, what the model predicts and ``key`` alone."""
+        if not self._visits:  # no loop runs, and nobody has looked whether the process is what it was
+            return make()
+        value: V = self._kept.get(key)  # type: ignore[assignment]
+        if value is None:
+            with torch.inference_mode(False), torch.no_grad():  # a later loop may be of another mode
+                value = self._kept[key] = make()
+            for old in list(self._kept)[:-MOST]:  # of rules that are made anew for every call
+                self._kept.pop(old, None)
+        return value
+
+    def moments(self, times: Sequence[float], x: Tensor) -> list[Moment]:
+        """What the model is given at these times, for states like x. The tensors are its own: it may change them."""
+        numbers = self.keep(("moments", tuple(times)), lambda: self._numbers(times))
+        own = torch.tensor(times, dtype=torch.float64).unbind()
+        ready = self.model.model.prepare(times, x)
+        return [Moment(t, r, a, b) for t, r, (a, b) in zip(own, ready, numbers, strict=True)]
+
+    def _numbers(self, times: Sequence[float]) -> list[tuple[float, float]]:
+        a, b = self.score_of(self.levels(torch.tensor(times, dtype=torch.float64)))
+        return list(zip(a.tolist(), b.tolist(), strict=True))
 
     def levels(self, times: Tensor) -> Levels:
         """alpha, sigma and half log-SNR at all times, in one vectorised call."""
         alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
+        alpha = torch.where(alpha > NOTHING * sigma, alpha, torch.zeros_like(alpha))
         return Levels(times, alpha, sigma, alpha.log() - sigma.log())
 
+    def said(self, lv: Levels) -> Kind:
+        """What the model predicts, as a kind of this process."""
+        model = self.model.model
+        if model.sde is self.sde:
+            return kind_of(model.predicts, self.sde, lv.time)
+        # Wrapped for another process, whose score it is there; the same for one of the same alpha and sigma.
+        alpha, sigma = model.sde.alpha(lv.time), model.sde.sigma(lv.time)
+        said = kind_of(model.predicts, model.sde, lv.time)
+        if torch.equal(alpha, self.sde.alpha(lv.time)) and torch.equal(sigma, self.sde.sigma(lv.time)):
+            return said
+        a, b = to_score(model.predicts, model.sde, lv.time)
+        return Kind(-b * lv.alpha / a, -(1 / lv.sigma + b * lv.sigma) / a)
+
+    def express(self, wanted: Kind, lv: Levels) -> tuple[Tensor, Tensor]:
+        """(a, b) of  wanted = a output + b x  at the levels."""
+        return express(wanted, self.said(lv), lv.alpha, lv.sigma)
+
+    def score_of(self, lv: Levels) -> tuple[Tensor, Tensor]:
+        """(a, b) of  score = a output + b x  at the levels."""
+        if self.model.model.predicts == "score" and self.model.model.sde is self.sde:
+            return torch.ones_like(lv.alpha), torch.zeros_like(lv.alpha)
+        return self.express(Kind(torch.zeros_like(lv.sigma), -1 / lv.sigma), lv)
+
     def settle(self) -> None:
-        """Raise what the evaluations since the last check did wrong."""
-        self.score.check()
+        """Raise what the evaluations since the last check did wrong, and forget the loop's times."""
+        self._nodes, self._visits, self._kept = {}, frozenset(), {}
+        self.model.check()
 
     def at(self, t: Time, x: Tensor) -> Node:
         """The process at t: from the table on a grid, computed anywhere else."""
         if isinstance(t, float):
-            return self._node(t)
+            node = self._nodes.get(t)
+            return self._look(t, x) if node is None else node
         time = as_time(t, self.sde.T)
         given = time if time.ndim == 0 else batch_time(time, x)
-        return Node._make([*(expand(y, x) for y in self._row(time)), given])
+        row, lv = self._row(time)
+        if self.model.model.predicts in BLIND and time.device.type == "cpu" and not holds(lv.alpha != 0):
+            self._require_signal()
+        a, b = (expand(y, x) for y in self.score_of(lv))
+        alpha, sigma, f, g2, lam, m, n, out, own = (expand(y, x) for y in row)
+        return Node(alpha, sigma, f, g2, lam, Kind(m, n), (out, own), Moment(given, None, a, b))
 
-    def _row(self, time: Tensor) -> list[Tensor]:
-        c = self.sde.coefficients(time)
-        return [*c, c.alpha.log() - c.sigma.log()]
+    def _look(self, t: float, x: Tensor) -> Node:
+        """The node at t; with it those at all times of the loop that it belongs to."""
+        times = sorted(self._visits) if t in self._visits else [t]
+        rows = self.keep(("nodes", tuple(times)), lambda: self._rows(times))
+        nodes = {
+            t: Node(alpha, sigma, f, g2, lam, Kind(m, n), (out, own), moment)
+            for t, (alpha, sigma, f, g2, lam, m, n, out, own), moment in zip(
+                times, rows, self.moments(times, x), strict=True
+            )
+        }
+        if nodes[t].alpha == 0 and self.model.model.predicts in BLIND:
+            self._require_signal()
+        if t in self._visits:
+            self._nodes = nodes
+        return nodes[t]
+
+    def _rows(self, times: list[float]) -> list[tuple[float, ...]]:
+        row, _ = self._row(torch.tensor(times, dtype=torch.float64))
+        return list(zip(*(y.tolist() for y in row), strict=True))
+
+    def _row(self, time: Tensor) -> tuple[list[Tensor], Levels]:
+        lv, c = self.levels(time), self.sde.coefficients(time)
+        said = self.said(lv)
+        # The flow's velocity alpha' x_0 + sigma' eps, finite also where f is not, and the drift that goes with noise.
+        noise = self.churn**2 * c.g2 / (2 * lv.sigma) if self.churn else 0.0
+        drift = express(Kind(c.dalpha, c.dsigma + noise), said, lv.alpha, lv.sigma)
+        return [lv.alpha, lv.sigma, c.f, c.g2, lv.lam, *said, *drift], lv
+
+    def score(self, x: Tensor, time: Moment | Time) -> Tensor:
+        """The score at x and a node's ``time`` (or any t), in x's dtype; one evaluation."""
+        moment = time if isinstance(time, Moment) else self.at(time, x).time
+        out = self.model(x, moment)
+        if isinstance(moment.a, float) and moment.a == 1.0 and moment.b == 0.0:
+            return out
+        return combine(moment.b, x, moment.a, out)
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
         """f x - (1 + churn^2)/2 g^2 score(x, t); one evaluation."""
         n = self.at(t, x)
-        return combine(n.f, x, -0.5 * (1 + self.churn**2) * n.g2, self.score(x, n.time))
+        out, own = self._finite(n)
+        return combine(own, x, out, self.model(x, n.time))
 
     def add_drift(self, x: Tensor, t: float, h: float, at: Tensor | None = None) -> Tensor:
         """x + h drift(at, t), without the drift in memory of its own; one evaluation."""
         if type(self).drift is not Reverse.drift:
             return super().add_drift(x, t, h, at)
         n, y = self.at(t, x), x if at is None else at
-        score = self.score(y, n.time)
-        return x.add(y, alpha=h * n.f).add_(score, alpha=-0.5 * h * (1 + self.churn**2) * n.g2)
+        out, own = self._finite(n)
+        said = self.model(y, n.time)
+        if own == 0:  # a network that predicts this very velocity
+            return x.add(said, alpha=h * out)
+        return x.add(y, alpha=h * own).add_(said, alpha=h * out)
+
+    def _finite(self, n: Node) -> tuple[Any, Any]:
+        if isinstance(n.alpha, float) and n.alpha == 0:
+            self.require_drift()
+        return n.drift
+
+    def require_drift(self) -> None:
+        """Raise ValueError where alpha = 0, if the system has noise: its drift and diffusion are infinite there."""
+        if self.churn:
+            raise ValueError(
+                f"the reverse SDE of {type(self.sde).__name__} has no finite drift where alpha = 0, at T = "
+                f"{self.sde.T:g}: start a little lower (a grid from {0.999 * self.sde.T:g}, or that for T), or sample "
+                "by a rule on the transition (ancestral, sa_solver, dpmpp_2m_sde) or the flow (churn = 0)"
+            )
 
     def diffusion(self, t: Time) -> Any:
         """churn g(t): a float for a float, else a tensor of t's shape and dtype."""
         if isinstance(t, float):
-            return self.churn * self._node(t).g2 ** 0.5
+            node = self._nodes.get(t)
+            return self.churn * float(self.sde.coefficients(t).g2 if node is None else node.g2) ** 0.5
         g = self.churn * self.sde.coefficients(t).g2.sqrt()
         return g.to(t.dtype) if t.is_floating_point() else g
 
     def predict(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """(E[x_0|x_t], E[eps|x_t]) with x = alpha x_0 + sigma eps; one evaluation."""
         n = self.at(t, x)
-        score = self.score(x, n.time)
-        return combine(1 / n.alpha, x, n.sigma**2 / n.alpha, score), -n.sigma * score
+        out = self.model(x, n.time)
+        x_0, eps = (express(Kind(*wanted), n.said, n.alpha, n.sigma) for wanted in ((1.0, 0.0), (0.0, 1.0)))
+        return combine(x_0[1], x, x_0[0], out), combine(eps[1], x, eps[0], out)
 
     def denoise(self, x: Tensor, t: Time) -> Tensor:
         """E[x_0|x_t] = (x + sigma^2 score)/alpha; one evaluation."""
@@ -124,80 +253,6 @@ class Reverse(System):
 def combine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     """a x + b y, in one pass and one tensor less where b is a number."""
     return (a * x).add_(y, alpha=b) if isinstance(b, float) else a * x + b * y
-
-
-_WINDOW = 64  # evaluations between looks at whether they were finite
-
-
-class CountedScore:
-    """A score as the solvers see it: every evaluation is counted, bounded by a budget, and checked.
-
-    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
-    that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
-    at once for per-sample times and within 64 evaluations otherwise (looking at every value would
-    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
-    """
-
-    def __init__(self, score: Score, budget: int | None = None) -> None:
-        if not callable(score):
-            raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
-        self.score, self.budget, self.nfe = score, budget, 0
-        self._times: list[Tensor] = []  # of the evaluations since the last check
-        self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
-        self._slots: tuple[Tensor, ...] = ()
-        self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The checked score, in x's dtype; one evaluation."""
-        if self.nfe == self.budget:
-            raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
-        self.nfe += 1
-        out = self.score(x, t)
-        if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
-            out = self._fitting(out, x)
-        if out.stride() != x.stride():  # or the next x would come in the layout of this result
-            out = torch.empty_like(x).copy_(out)
-        if out.dtype is not self._like[0] or out.device != self._like[1]:
-            self._make_room(out)
-        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
-        slot = self._slots[len(self._times)]
-        try:
-            torch.sum(out, None, out=slot)
-        except (
-            RuntimeError
-        ):  # out= wants no gradients and no dual numbers; to detach always would cost more than to try
-            torch.sum(out.detach(), None, out=slot)
-        self._times.append(t)
-        if len(self._times) == _WINDOW or t.ndim:
-            self.check()
-        return out
-
-    def _make_room(self, out: Tensor) -> None:
-        self.check()
-        self._like = (out.dtype, out.device)
-        with torch.inference_mode(False):  # they are written to whatever the mode of a later call
-            dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
-            self._sums = torch.zeros(_WINDOW, dtype=dtype, device=out.device)
-            self._slots = self._sums.unbind()
-
-    @staticmethod
-    def _fitting(out: Any, x: Tensor) -> Tensor:
-        """The score in x's dtype, or an error that says what it was instead."""
-        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
-            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
-        return out.to(x.dtype)
-
-    def check(self) -> None:
-        """Raise FloatingPointError if an evaluation since the last check was not finite."""
-        times, self._times = self._times, []
-        if not times:
-            return
-        finite = torch.isfinite(self._sums[: len(times)])
-        if not finite.all():
-            t = times[int((~finite).int().argmax())]
-            at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
-            raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
 
 
 def batch_time(t: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.reverse import Reverse
-from sdekit.system import Coefficients, Score, System, Time, as_time, expand, float64
+from sdekit.system import NOTHING, Coefficients, Score, System, Time, as_time, expand, float64, holds
 
 
 def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
@@ -69,27 +69,35 @@ class SDE(System):
         raise NotImplementedError(f"{type(self).__name__} needs a method sigma(self, t)")
 
     def coefficients(self, t: Time) -> Coefficients:
-        """alpha, sigma, f and g^2 at t, float64, from one automatic differentiation of alpha and sigma.
+        """alpha, sigma, f, g^2, alpha' and sigma' at t, float64, by one automatic differentiation of alpha and sigma.
 
         Where sigma(0) = 0 with a vertical tangent (VP), the derivative at t = 0 is its right-hand
         limit, taken at 1e-12 T. Raises ValueError where g^2 < 0: the noise must grow with t.
         """
         time = as_time(t, self.T)
-        alpha, sigma, f, ds2 = self._differentiate(time)
-        if not (torch.isfinite(f) & torch.isfinite(ds2)).all():
+        alpha, sigma, da, ds2 = self._differentiate(time)
+        if not holds(torch.isfinite(da) & torch.isfinite(ds2)):
             limit = self._differentiate(torch.where(torch.isfinite(ds2), time, 1e-12 * self.T))
-            f, ds2 = torch.where(torch.isfinite(f), f, limit[2]), torch.where(torch.isfinite(ds2), ds2, limit[3])
+            da, ds2 = torch.where(torch.isfinite(da), da, limit[2]), torch.where(torch.isfinite(ds2), ds2, limit[3])
+        f = da / alpha  # infinite where alpha(T) = 0
+        if not holds(torch.isfinite(da) & torch.isfinite(ds2) & (torch.isfinite(f) | (alpha == 0))):
             bad = ~(torch.isfinite(f) & torch.isfinite(ds2)).reshape(-1)
-            if bad.any():
-                at = float(time.reshape(-1)[bad][0])
-                raise ValueError(
-                    f"{type(self).__name__}: alpha or sigma has no finite logarithm or slope at t = {at:g}"
-                )
+            at = float(time.reshape(-1)[bad][0])
+            raise ValueError(f"{type(self).__name__}: alpha or sigma has no finite logarithm or slope at t = {at:g}")
         g2 = ds2 - 2 * f * sigma**2
-        if (g2 < -1e-9 * (ds2.abs() + 2 * f.abs() * sigma**2)).any():
+        if not holds(g2 >= -1e-9 * (ds2.abs() + 2 * f.abs() * sigma**2)):
             at = float(time.reshape(-1)[g2.reshape(-1).argmin()])
             raise ValueError(f"{type(self).__name__}: g^2 < 0 at t = {at:g}; sigma/alpha must increase with t")
-        return Coefficients(alpha, sigma, f, g2.clamp_min(0.0))  # what is left below 0 is rounding
+        # what is left below 0 of g2 is rounding
+        return Coefficients(alpha, sigma, f, g2.clamp_min(0.0), da, ds2 / (2 * sigma))
+
+    def velocity(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(m, n) of the velocity m x_0 + n eps that a flow-matching network of this process predicts ("flow").
+
+        (alpha', sigma'): the derivative of x_t along a pair (x_0, eps)  (Lipman et al. 2023).
+        """
+        c = self.coefficients(t)
+        return c.dalpha, c.dsigma
 
     def _differentiate(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         def schedule(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +111,7 @@ class SDE(System):
             alpha, sigma, _ = values
             one, zero = torch.ones_like(time), torch.zeros_like(time)
             (da,), (ds2,) = pull((one, zero, zero)), pull((zero, zero, one))
-        return alpha, sigma, da / alpha, ds2
+        return alpha, sigma, da, ds2
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
         """f(t) x, like x."""
@@ -129,8 +137,9 @@ class SDE(System):
         if bool((end < start).any()):
             raise ValueError(f"transition(t, u) runs forwards, t <= u; got t = {t}, u = {u}")
         a_t, s_t, a_u, s_u = self.alpha(start), self.sigma(start), self.alpha(end), self.sigma(end)
-        r = (a_u * s_t) / (a_t * s_u)
-        return a_u / a_t, s_u * ((1 - r) * (1 + r)).clamp_min(0.0).sqrt()  # r > 1 only by rounding at t = u
+        same = end == start  # also where alpha or sigma is 0
+        r = torch.where(same, 1.0, (a_u * s_t) / (a_t * s_u)).clamp_max(1.0)  # more is rounding, at t near u
+        return torch.where(same, 1.0, a_u / a_t), s_u * ((1 - r) * (1 + r)).sqrt()
 
     def snr(self, t: Time) -> Tensor:
         """Signal-to-noise ratio alpha^2/sigma^2."""
@@ -151,6 +160,7 @@ class SDE(System):
         times = self.T * torch.logspace(-30, 0, 4096, dtype=torch.float64)
         levels = self.half_log_snr(torch.cat([torch.zeros(1), times]))
         first, table, last = levels[0], levels[1:], levels[-1]
+        last = torch.where(last < math.log(NOTHING), -math.inf, last)
         slack = 1e-9 * (1 + lam.abs().nan_to_num(0.0, 0.0))
         wrong = ~((lam <= first + slack) & (lam >= last - slack))  # so that NaN is wrong too
         if bool(wrong.any()):
@@ -172,6 +182,7 @@ class SDE(System):
             done = done | (inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)
             if done.all():
                 break
+        t = torch.where(torch.isneginf(lam), self.T, t)
         return t.to(device, float64(device))
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
@@ -204,15 +215,6 @@ class SDE(System):
         d = math.prod(x.shape[1:])
         return -0.5 * (x / std).square().reshape(x.shape[0], -1).sum(1) - d * math.log(std * math.sqrt(2 * math.pi))
 
-    def require_signal_at_T(self) -> None:
-        """Raise ValueError where alpha(T) = 0: every formula through the score would divide by it."""
-        if float(self.alpha(self.T)) <= 1e-12:
-            raise ValueError(
-                f"{type(self).__name__} has zero terminal SNR, alpha(T) = {float(self.alpha(self.T)):g} at "
-                f"T = {self.T:g}: x_0 cannot be told from the score there; set T a little lower "
-                f"(for example T = {0.999 * self.T:g})"
-            )
-
     def reverse(self, score: Score, churn: float = 1.0) -> Reverse:
         """The reverse family  dx = [f x - (g^2 + nu^2)/2 score] dt + nu dW,  nu = churn g,  dt < 0.
 
@@ -226,12 +228,7 @@ class SDE(System):
 
     def denoise(self, x: Tensor, t: Time, score: Score) -> Tensor:
         """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
-        time = as_time(t, self.T)
-        alpha, sigma = expand(self.alpha(time), x), expand(self.sigma(time), x)
-        out = score(x, time)
-        if out.shape != x.shape:
-            raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-        return (x + sigma**2 * out.to(x.dtype)) / alpha
+        return self.probability_flow(score).denoise(x, as_time(t, self.T))
 
 
 def _plain_slopes(

@@ -12,32 +12,37 @@ class BetaTable(SDE):
     """DDPM's chain  x_i | x_{i-1} ~ N(sqrt(1 - beta_i) x_{i-1}, beta_i I),  i = 1 ... N, as a process.
 
     At t = i/N  alpha^2 = prod_{j<=i} (1 - beta_j)  and sigma^2 = 1 - alpha^2 (Ho et al. 2020, eq. 4). In between
-    log alpha is linear in t, so g^2 = -N log(1 - beta_i) is constant on ((i-1)/N, i/N]; alpha(0) = 1.
+    log alpha is linear in t, so g^2 = -N log(1 - beta_i) is constant on ((i-1)/N, i/N]; alpha(0) = 1. The last beta
+    may be 1 (zero terminal SNR, Lin et al. 2024): alpha is linear in t on the last interval, to alpha(T) = 0.
 
     ``betas`` (N,): numbers in (0, 1), kept in float64; ``times`` (N,): i/N. t_min = 1/N and T = 1.
-    Raises ValueError unless betas is 1-D with at least 2 entries, all finite and between 0 and 1.
+    Raises ValueError unless betas is 1-D with at least 2 entries, all finite and between 0 and 1 (the last <= 1).
     """
 
     def __init__(self, betas: Any) -> None:
         self.betas = _table(betas, "betas")
-        if not ((self.betas > 0) & (self.betas < 1)).all():
+        if not ((self.betas > 0).all() and (self.betas[:-1] < 1).all() and self.betas[-1] <= 1):
             low, high = float(self.betas.min()), float(self.betas.max())
             raise ValueError(f"betas must lie between 0 and 1, got {low:g} ... {high:g}")
         self.times = _times(self.betas)
         self.t_min = 1 / len(self.betas)
         self._log_alpha = torch.cat([torch.zeros(1).double(), torch.log1p(-self.betas).cumsum(0) / 2])
+        self._to_zero = bool(self.betas[-1] == 1)
+        if self._to_zero:  # on the last interval alpha is what it was before it times what is left of the interval
+            self._log_alpha[-1] = self._log_alpha[-2]
 
-    def log_alpha(self, t: Tensor) -> Tensor:
-        """log alpha, linear between the table's times; t a float64 tensor."""
-        return _between(self.times, self._log_alpha, t)
+    def _left(self, t: Tensor) -> Tensor:
+        n = len(self.betas)
+        return torch.where(n * t > n - 1, n * (1 - t), 1.0) if self._to_zero else torch.ones_like(t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """exp(log_alpha)."""
-        return torch.exp(self.log_alpha(t))
+        """exp(log alpha), linear in between, times what is left of an interval to 0."""
+        return torch.exp(_between(self.times, self._log_alpha, t)) * self._left(t)
 
     def sigma(self, t: Tensor) -> Tensor:
         """sqrt(1 - alpha^2), by expm1."""
-        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+        twice, left = 2 * _between(self.times, self._log_alpha, t), self._left(t)
+        return torch.sqrt(-torch.expm1(twice) + torch.exp(twice) * (1 - left) * (1 + left))
 
 
 class SigmaTable(SDE):

@@ -12,17 +12,16 @@ from sdekit.processes.sde import SDE
 from sdekit.sampling.fixed import start
 from sdekit.solvers import backends
 from sdekit.solvers.solution import Callback, SolverError
-from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, solve
+from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
 from sdekit.system import Score
 
 
-@torch.no_grad()
 def ode_sample(
     sde: SDE,
     score: Score,
     shape: Sequence[int],
     *,
-    method: str = "rk45",
+    method: str = "adams",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     denoise: bool = True,
@@ -33,23 +32,27 @@ def ode_sample(
     progress: bool = False,
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
+    differentiable: bool | str = False,
 ) -> Tensor:
     """Samples of shape (B, *event) by the probability flow from T to t_min, solved adaptively.
 
-    ``method``: "rk45" or "rk23" (embedded Runge-Kutta pairs), "flow_rk45" or "flow_rk23" (the same where the flow's
-    linear part is exact: fewer evaluations), or "adams" (a multistep method in the same frame, by far
-    the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2 in 14, 1e-4 in 36), with
-    tolerances ``rtol`` and ``atol`` and step sizes per sample; or a back-end's adaptive one (``backends.ADAPTIVE``:
-    "torchdiffeq:dopri5", "scipy:DOP853", ...), whose error and steps are those of the batch as a whole, so that a
-    sample depends on its batch. Everything else as in :func:`sample`.
+    ``method``: "adams" (:class:`sdekit.solvers.adams.Adams`, a multistep method in a frame where the flow's linear
+    part is exact, with by far the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2
+    in 14, 1e-4 in 36), "flow_rk45" or "flow_rk23" (embedded Runge-Kutta pairs in that frame), "rk45" or "rk23" (the
+    same in t), with tolerances ``rtol`` and ``atol`` and step sizes per sample; or a back-end's adaptive one
+    (``backends.ADAPTIVE``: "torchdiffeq:dopri5", "scipy:DOP853", ...), whose error and steps are those of the batch as
+    a whole, so that a sample depends on its batch. Everything else as in :func:`sample`.
     Raises SolverError, which carries the partial solution, where a sample cannot reach t_min.
     """
     _checks.instance(sde)
+    without_graph(x_T, "x_T", differentiable)
     times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
-    x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    with graph(differentiable):
+        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     return flow(
-        sde, score, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback
-    )
+        sde, score, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback,
+        differentiable=differentiable,
+    )  # fmt: skip
 
 
 def flow(sde: SDE, score: Score, x: Tensor, times: Tensor, method: str, **options: Any) -> Tensor:
@@ -61,7 +64,6 @@ def flow(sde: SDE, score: Score, x: Tensor, times: Tensor, method: str, **option
     return solution.x
 
 
-@torch.no_grad()
 def sde_sample(
     sde: SDE,
     score: Score,
@@ -78,6 +80,7 @@ def sde_sample(
     progress: bool = False,
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
+    differentiable: bool | str = False,
 ) -> Tensor:
     """Samples of shape (B, *event) by the reverse SDE from T to t_min, solved adaptively
     (:class:`sdekit.solvers.sra.SRA1`).
@@ -88,13 +91,15 @@ def sde_sample(
     Raises SolverError, which carries the partial solution, where a sample cannot reach t_min.
     """
     _checks.instance(sde)
+    without_graph(x_T, "x_T", differentiable)
     system = sde.reverse(score, churn)
     times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
-    x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    with graph(differentiable):
+        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     path = BrownianPath(x, seed, ids, start=sde.T, end=sde.t_min)
     solution = solve(
         system, x, times, ADAPTIVE_SDE, rtol=rtol, atol=atol, noise=path, denoise=denoise, progress=progress,
-        callback=callback,
+        callback=callback, differentiable=differentiable,
     )  # fmt: skip
     if not solution.success:
         raise SolverError(solution)

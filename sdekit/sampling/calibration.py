@@ -3,16 +3,19 @@
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sdekit.processes.sde import SDE
 from sdekit.solvers.steppers import StepRule
-from sdekit.solvers.steppers.multistep import Table, finish, step
+from sdekit.solvers.steppers.exponential import Stored
+from sdekit.solvers.steppers.table import Rows, Table, finish, step
 
 _FORMAT = 1
 
@@ -54,14 +57,28 @@ class Calibration:
         """What takes a draw of the prior at T to one at the first time."""
         return self.sigma[0] / self.prior_std
 
-    @property
+    @cached_property
     def rule(self) -> StepRule:
         """The step rule, on the grid ``times``."""
         columns = (self.times, self.scale, self.mix, self.linear, [0.0] * self.nfe)
         time, scale, mix, linear, std = torch.tensor(columns, dtype=torch.float64)
         weights = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in self.weights], batch_first=True)
-        table = Table(time, scale, mix, linear, std, weights, None)
-        return StepRule(step, begin=lambda system, times, x: table.start(x), finish=finish)
+        token = object()
+
+        def begin(system: Any, times: list[float], x: Tensor) -> Any:
+            def make() -> Rows:
+                lv = system.levels(time)
+                a, b = system.score_of(lv)  # the file's scale and mix are of a score, whatever the model predicts
+                table = Table(time, scale * a, scale * b + mix, linear, std, weights, None)
+                return table.rows(Stored.of(table.scale, table.mix, system.said(lv), lv), x.dtype)
+
+            return system.keep((token, x.dtype), make).start(system.moments(self.times, x))
+
+        return StepRule(step, begin=begin, finish=finish)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the rule, which is made of the rest."""
+        return {name: value for name, value in self.__dict__.items() if name != "rule"}
 
     def check(self, sde: SDE) -> None:
         """Raise ValueError unless ``sde`` is the process that this was fitted to."""

@@ -10,29 +10,30 @@ from sdekit import _checks
 from sdekit.processes.sde import SDE
 from sdekit.sampling.adaptive import flow
 from sdekit.solvers.solution import rms
+from sdekit.solvers.solve import without_graph
 from sdekit.system import Score, float64
 
 
-@torch.no_grad()
 def encode(
     sde: SDE, score: Score, x: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5,
-    progress: bool = False,
+    progress: bool = False, differentiable: bool | str = False,
 ) -> Tensor:  # fmt: skip
     """The latent at T of x, (B, *event), like x: the probability flow from t_min to T.
 
     It is one to one, and the score's alone: networks that learnt the same score encode alike (Song et al. 2021,
     section 4.3 and appendix D.3). x is taken as a point at t_min, as by :func:`log_likelihood`; data without noise are
     of t = 0, and ``sde.perturb(x, sde.t_min)`` puts them there. ``method``, ``rtol``, ``atol``, a sample's independence
-    of its batch: as in :func:`ode_sample`. Raises ValueError or TypeError for bad input, SolverError, which carries the
-    partial solution, where a sample cannot reach T.
+    of its batch, ``differentiable``: as in :func:`ode_sample`. Raises ValueError or TypeError for bad input,
+    SolverError, which carries the partial solution, where a sample cannot reach T.
     """
-    return _flow(sde, score, _checks.state(x), 1, method, rtol=rtol, atol=atol, progress=progress)
+    without_graph(x, "x", differentiable)
+    how = {"rtol": rtol, "atol": atol, "progress": progress, "differentiable": differentiable}
+    return _flow(sde, score, _checks.state(x), 1, method, **how)
 
 
-@torch.no_grad()
 def decode(
     sde: SDE, score: Score, latent: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5,
-    denoise: bool = False, progress: bool = False,
+    denoise: bool = False, progress: bool = False, differentiable: bool | str = False,
 ) -> Tensor:  # fmt: skip
     """The data at t_min of a latent at T, (B, *event), like it: the probability flow from T to t_min.
 
@@ -40,7 +41,9 @@ def decode(
     return E[x_0|x] at t_min instead of x, as samplers do; this is no part of the flow, and not undone by encoding.
     """
     x = _checks.state(latent, "latent")
-    return _flow(sde, score, x, -1, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress)
+    without_graph(x, "latent", differentiable)
+    how = {"rtol": rtol, "atol": atol, "denoise": denoise, "progress": progress, "differentiable": differentiable}
+    return _flow(sde, score, x, -1, method, **how)
 
 
 def round_trip_error(
@@ -50,8 +53,9 @@ def round_trip_error(
 
     What the tolerances do to this x under this score; it falls with them. Raises as :func:`encode`.
     """
+    x = _checks.state(x).detach()
     latent = encode(sde, score, x, method=method, rtol=rtol, atol=atol)
-    return rms(decode(sde, score, latent, method=method, rtol=rtol, atol=atol) - x.detach())
+    return rms(decode(sde, score, latent, method=method, rtol=rtol, atol=atol) - x)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def interpolate(
     """
     _alike(a, b)
     weights = _weights(weights)  # before the work, not after it
-    latent_a, latent_b = encode(sde, score, torch.cat([a, b]), method=method, rtol=rtol, atol=atol).chunk(2)
+    latent_a, latent_b = encode(sde, score, torch.cat([a, b]).detach(), method=method, rtol=rtol, atol=atol).chunk(2)
     between = slerp(latent_a, latent_b, weights)
     out = decode(sde, score, between.flatten(0, 1), method=method, rtol=rtol, atol=atol, denoise=denoise)
     return out.reshape(between.shape)

@@ -13,7 +13,7 @@ from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.grids import Grid, make_grid
 from sdekit.solvers.solution import Callback
-from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, solve
+from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
 from sdekit.solvers.steppers import (
     RULES,
     StepRule,
@@ -40,6 +40,10 @@ class Sampler:
     grid: str = "uniform"
     steps: int = 50
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, StepRule):
+            raise TypeError(f"rule must be a step rule, such as RULES['heun'] or one by step_rule, got {self.rule!r}")
+
     @property
     def stochastic(self) -> bool:
         """True where noise is drawn after the start."""
@@ -57,12 +61,13 @@ def predictor_corrector(
     Without a predictor the Langevin steps are those of s, the level that x is to be at next.
     """
     rule = _checks.lookup(RULES, predictor, "predictor") if isinstance(predictor, str) else as_rule(predictor)
+    churn = 1.0 if rule.churn is None else 0.0  # a predictor with noise of its own takes none from the system
     correct = repeat(langevin(snr), _checks.count(corrector_steps, "corrector_steps"))
     if _checks.lookup({"langevin": True, "none": False}, corrector, "corrector"):
         rule = at_end(correct) if rule is stay else chain(correct, rule)
     elif rule is stay:
         raise ValueError("predictor and corrector are both 'none': nothing would move x; name one of them")
-    return Sampler(rule, churn=1.0, steps=1000)
+    return Sampler(rule, churn=churn, steps=1000)
 
 
 # name -> what makes it. A new sampler is a new row; tests and benchmarks loop over these.
@@ -97,7 +102,6 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-@torch.no_grad()
 def sample(
     sde: SDE,
     score: Score,
@@ -115,6 +119,7 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
+    differentiable: bool | str = False,
 ) -> Tensor:
     """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler, a step rule, or what
     :func:`calibrate` made for this model (which has its own steps and grid).
@@ -123,39 +128,57 @@ def sample(
     ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
     network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
-    decreasing tensor of times in [t_min, T]. ``denoise``: return E[x_0|x] at the last time instead of x.
+    decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step.
+    ``denoise``: return E[x_0|x] at the last time instead of x.
     ``seed``: fixes everything; sample i is keyed by ids[i] (default i), whatever the batch.
     ``x_T``: start here instead of at a draw from the prior at the grid's first time.
     ``device``, ``dtype``: of the state; x_T's, else the network's device and torch's default dtype.
-    ``callback(step, t, x)``: after each step.
+    ``callback(step, t, x)``: after each step, with a copy of x.
+    ``differentiable``: keep the graph, so that the samples have gradients to x_T and to the model's parameters; memory
+    grows with the evaluations, unless it is "checkpoint": then each one's graph is made again when the gradient needs
+    it, and what stays is a few states a step.
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
     """
     _checks.instance(sde)
+    without_graph(x_T, "x_T", differentiable)
     if isinstance(sampler, Calibration):
         sampler.check(sde)
         if steps is not None or grid is not None:
             raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
         grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
-        x_T = None if x_T is None else _checks.state(x_T, "x_T") * sampler.start
+        if x_T is not None:
+            with graph(differentiable):
+                x_T = _checks.state(x_T, "x_T") * sampler.start
     row = _sampler(sampler)
     system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)
     if steps is not None and nfe is not None:
         raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
     if nfe is not None:
-        system.score.budget = nfe
+        system.model.budget = nfe
         most = _steps_within(nfe, row.rule, denoise)
         steps = None if given else most
     elif steps is None and not given:
         steps = row.steps
     steps = None if steps is None else _checks.count(steps, "steps")
-    times = make_grid(sde, (sde.grid or row.grid) if grid is None else grid, steps)
+    grid = (sde.grid or row.grid) if grid is None else grid
+    times = make_grid(sde, _before_zero(sde, grid) if given and denoise else grid, steps)
     if nfe is not None and len(times) - 1 > most:
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
-    x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+    with graph(differentiable):
+        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
     noise = Noise(x, seed, ids)
-    return solve(system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback).x
+    return solve(
+        system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
+        differentiable=differentiable,
+    ).x  # fmt: skip
+
+
+def _before_zero(sde: SDE, times: Any) -> Any:
+    """A list of times without the 0 at its end, the step to which is the denoising."""
+    listed = torch.as_tensor(times)
+    return listed[:-1] if listed.ndim == 1 and len(listed) > 2 and listed[-1] == 0 < sde.t_min else times
 
 
 def pc_sample(
@@ -163,7 +186,7 @@ def pc_sample(
     score: Score,
     shape: Sequence[int],
     *,
-    steps: int | None = 1000,
+    steps: int | None = None,
     predictor: str | StepRule = "euler_maruyama",
     corrector: str = "langevin",
     corrector_steps: int = 1,
@@ -177,21 +200,20 @@ def pc_sample(
     progress: bool = False,
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
+    differentiable: bool | str = False,
 ) -> Tensor:
     """Predictor-corrector samples of the reverse SDE, shape (B, *event).
 
     Each step corrects at t, then predicts from t to s: Song et al. 2021, algorithm 1, in the order of their code.
     ``predictor``: a name in ``RULES`` or a step rule; "none" is annealed Langevin dynamics alone, which needs many
     steps. ``corrector``: "langevin" or "none"; ``corrector_steps`` of it per step, each of signal-to-noise ratio
-    ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: a tensor of times as ``grid``
-    says it itself, and the default is then left aside. Everything else as in :func:`sample`.
+    ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: 1000 where ``grid`` does not say
+    it itself. Everything else as in :func:`sample`.
     """
-    if grid is not None and not isinstance(grid, str) and not callable(grid) and steps == 1000:
-        steps = None
     sampler = predictor_corrector(predictor, corrector, corrector_steps, snr)
     return sample(
         sde, score, shape, sampler, steps=steps, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
-        dtype=dtype, progress=progress, callback=callback, ids=ids,
+        dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable,
     )  # fmt: skip
 
 

@@ -1,5 +1,10 @@
-"""Time grids: plain decreasing float64 tensors from T to t_min, n steps and n + 1 times."""
+"""Time grids: plain decreasing float64 tensors from T to t_min, n steps and n + 1 times.
 
+Where alpha(T) = 0 the noise level at T is infinite, and a grid by noise levels is that from sigma/alpha = 1,000, which
+data of unit size do not tell from infinity, with its first time moved to T.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.processes.kept import kept
 from sdekit.processes.sde import SDE
+from sdekit.system import NOTHING
 
 Grid = str | Tensor | Callable[[SDE, int], Tensor]
 
@@ -62,10 +69,13 @@ def by_levels(levels: Sequence[float]) -> Callable[[SDE, int], Tensor]:
     """The grid of a hand-made list of noise levels sigma/alpha, for any process and number of steps.
 
     The list is interpolated in log(level) over its index (Sabour et al. 2024, section 4). Levels that the process does
-    not have are left out, and the ends of the rest are moved to the process's own.
+    not have are left out, and the ends of the rest are moved to the process's own. A 0 at the end, the step to x_0 in
+    other programs' lists, is left out too: samplers take that step by ``denoise``.
     Raises ValueError for fewer than two levels and for levels that do not decrease or are not positive.
     """
     listed = torch.as_tensor(levels, dtype=torch.float64)
+    if listed.ndim == 1 and len(listed) > 2 and listed[-1] == 0:  # others end a list with the step to x_0
+        listed = listed[:-1]
     if listed.ndim != 1 or len(listed) < 2 or not (listed > 0).all() or not (listed.diff() < 0).all():
         raise ValueError(f"levels must be at least two positive numbers that decrease, got {listed.tolist()[:8]}")
 
@@ -105,9 +115,11 @@ def make_grid(sde: SDE, grid: Grid, steps: int | None = None) -> Tensor:
     Raises ValueError where the times are not strictly decreasing within [t_min, T], or are not
     ``steps`` + 1; TypeError for anything that is no grid.
     """
-    if isinstance(grid, str) or callable(grid):
-        make = _checks.lookup(GRIDS, grid, "grid") if isinstance(grid, str) else grid
-        times = make(sde, _checks.count(steps, "steps"))
+    if isinstance(grid, str):
+        make, n = _checks.lookup(GRIDS, grid, "grid"), _checks.count(steps, "steps")
+        times = kept(sde, (make, n, sde.T, sde.t_min), lambda: make(sde, n), lambda times: times).clone()
+    elif callable(grid):
+        times = grid(sde, _checks.count(steps, "steps"))
     else:
         times = grid
     return check_grid(sde, times, steps)
@@ -126,14 +138,21 @@ def check_grid(sde: SDE, times: Any, steps: int | None) -> Tensor:
     slack = 1e-6 * sde.T
     if times[0] > sde.T + slack or times[-1] < sde.t_min * (1 - 1e-6):
         ends = f"[{float(times[-1]):g}, {float(times[0]):g}]"
-        raise ValueError(f"grid must lie in [t_min, T] = [{sde.t_min:g}, {sde.T:g}], got {ends}")
+        zero = "; the step to 0 is the denoising, denoise=True: leave the 0 out" if times[-1] == 0 else ""
+        raise ValueError(f"grid must lie in [t_min, T] = [{sde.t_min:g}, {sde.T:g}], got {ends}{zero}")
     if steps is not None and times.numel() != steps + 1:
         raise ValueError(f"grid has {times.numel() - 1} steps but {steps} are asked for; leave steps and nfe out")
     return times
 
 
+def first_level(sde: SDE) -> Tensor:
+    """The half log-SNR that grids by noise levels start from."""
+    lam = sde.half_log_snr(sde.T)
+    return torch.where(lam < math.log(NOTHING), -math.log(1000.0), lam)
+
+
 def _levels(sde: SDE) -> tuple[Tensor, Tensor]:
-    return sde.half_log_snr(sde.T), sde.half_log_snr(sde.t_min)
+    return first_level(sde), sde.half_log_snr(sde.t_min)
 
 
 def _from_half_log_snr(sde: SDE, lam: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sdekit.processes.counted import samples
 from sdekit.solvers.solution import SUCCESS, Callback, Solution, Trajectory, bar
 
 MAX_NFE = 100_000  # where a solver that gets nowhere gives up
@@ -86,7 +88,9 @@ def adaptive(
         last = h >= left * (1 - 1e-10)  # no sliver is left over for another step
         used = torch.where(last, left, method.step(u, h, direction))
         u_new = torch.where(last, u_aim, u + direction * used)
-        y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
+        # What belongs to a sample, such as its label, goes where it goes.
+        with samples(run, batch) if len(run) < batch else nullcontext():
+            y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
         nfe += method.evaluations
         size = torch.where(torch.isfinite(size), size, math.inf).to(h).detach()  # steps are not differentiated
         accept = size <= 1

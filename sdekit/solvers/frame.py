@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit.processes.reverse import batch_time
-from sdekit.solvers.steppers.exponential import PREDICTIONS
+from sdekit.processes.counted import Moment
+from sdekit.processes.kinds import Kind
+from sdekit.processes.reverse import Reverse, batch_time
 from sdekit.system import Levels, expand
-
-_FLOW = PREDICTIONS["flow"]
 
 
 class FlowFrame:
@@ -17,12 +16,17 @@ class FlowFrame:
 
     y = x/(alpha + sigma) = (1 - u) x_0 + u eps,  u = sigma/(alpha + sigma),  dy/du = E[eps - x_0 | x].
 
-    What the flow has of alpha, sigma and linear terms is exact, and y and u are bounded, whatever the highest level.
-    In float32 the velocity loses digits like eps/alpha(T): below alpha(T) = 1e-5 use float64. Liu et al. 2023.
-    Raises TypeError for a system that has no score.
+    What the flow has of alpha, sigma and linear terms is exact, and y and u are bounded, whatever the highest level,
+    alpha(T) = 0 included. From a network that predicts eps or a score the velocity loses digits like eps/alpha(T) in
+    float32: below alpha(T) = 1e-5 use float64. Liu et al. 2023. Raises TypeError for a system that has no score.
     """
 
     def __init__(self, system: Any) -> None:
+        if getattr(type(system), "drift", None) is not Reverse.drift and isinstance(system, Reverse):
+            raise TypeError(
+                f"{type(system).__name__} has a drift of its own, which the flow's frame (adams, flow_rk45, flow_rk23) "
+                "does not know; use rk45 or a rule such as heun"
+            )
         self.system = system
 
     def clock(self, t: Tensor) -> Tensor:
@@ -50,13 +54,18 @@ class FlowFrame:
         """dy/du; one evaluation."""
         lv = self.levels(u)
         x = y * expand(lv.alpha + lv.sigma, y)
-        a, b = linear(lv)
-        return expand(a, x) * self.system.score(x, batch_time(lv.time, x)) + expand(b, x) * x
+        a, b = self.linear(lv)
+        return expand(a, x) * self.system.model(x, moment(lv, x)) + expand(b, x) * x
+
+    def linear(self, lv: Levels) -> tuple[Tensor, Tensor]:
+        """(a, b) of dy/du = a output + b x, with what the model says for output."""
+        one = torch.ones_like(lv.alpha)
+        return self.system.express(Kind(-one, one), lv)
 
 
-def linear(lv: Levels) -> tuple[Tensor, Tensor]:
-    """(a, b) of dy/du = a score(x) + b x."""
-    return _FLOW.scale(lv.alpha, lv.sigma), _FLOW.mix(lv.alpha, lv.sigma)
+def moment(lv: Levels, x: Tensor) -> Moment:
+    """What a model is given at per-sample levels."""
+    return Moment(batch_time(lv.time, x), None, None, None)
 
 
 class InFrame:

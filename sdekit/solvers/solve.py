@@ -10,6 +10,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.brownian import BrownianPath
 from sdekit.noise.keyed import Noise
+from sdekit.processes.reverse import Reverse
 from sdekit.solvers import backends
 from sdekit.solvers.adams import Adams
 from sdekit.solvers.adaptive import MAX_NFE, adaptive
@@ -29,7 +30,7 @@ def solve(
     system: System,
     x: Tensor,
     grid: Tensor | Sequence[float],
-    method: str | StepRule | Any = "rk45",
+    method: str | StepRule | Any = None,
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -40,6 +41,7 @@ def solve(
     estimate: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
+    differentiable: bool | str = False,
 ) -> Solution:
     """Integrate ``system`` from x at grid[0] to grid[-1].
 
@@ -50,9 +52,9 @@ def solve(
     step size per sample between the grid's ends: "rk45" (Dormand-Prince 5(4)) and "rk23" (Bogacki-Shampine 3(2)); for
     a probability flow also "flow_rk45" and "flow_rk23", the same in a frame where its linear part is exact
     (:class:`sdekit.solvers.frame.FlowFrame`), and, in the same frame, "adams" (:class:`sdekit.solvers.adams.Adams`),
-    which needs by far the fewest evaluations; for an SDE "adaptive_sra1" (:class:`sdekit.solvers.sra.SRA1`), on a
-    Brownian path; or a back-end and its method, such as "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler"
-    (``backends.METHODS``), whose steps are the whole batch's.
+    which needs by far the fewest evaluations and is the default there ("rk45" for any other ODE); for an SDE
+    "adaptive_sra1" (:class:`sdekit.solvers.sra.SRA1`), on a Brownian path; or a back-end and its method, such as
+    "torchdiffeq:dopri5", "scipy:RK45" or "torchsde:euler" (``backends.METHODS``), whose steps are the whole batch's.
     Where the diffusion depends on x, euler_maruyama, milstein, rk4, torchsde:euler and torchsde:milstein solve Ito's
     equation, heun and torchsde's other methods Stratonovich's; sra1 and adaptive_sra1 refuse, and general noise is
     torchsde's alone.
@@ -65,17 +67,69 @@ def solve(
     times, which costs evaluations.
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
     ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
-    ``callback(step, t, x)``: after each step.
+    ``callback(step, t, x)``: after each step, with a copy of x.
+    ``differentiable``: keep the graph (else there is none); "checkpoint": make that of each evaluation of a model again
+    when the gradient needs it.
 
     An adaptive method that stops early returns what it has, with a status per sample.
     Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
     """
     x = _checks.state(x)
+    without_graph(x, "x", differentiable)
+    if isinstance(system, Reverse):
+        system.model.remake = differentiable == "checkpoint"
+    elif differentiable == "checkpoint":
+        raise ValueError('differentiable="checkpoint" needs a system of a model, such as sde.probability_flow(score)')
+    with graph(differentiable):
+        return _solve(
+            system, x, grid, method, rtol=rtol, atol=atol, max_nfe=max_nfe, noise=noise, keep=keep, denoise=denoise,
+            estimate=estimate, progress=progress, callback=callback,
+        )  # fmt: skip
+
+
+def graph(differentiable: bool | str) -> Any:
+    """The mode of gradients that goes with ``differentiable``, whatever that of the caller."""
+    return torch.enable_grad() if differentiable else torch.no_grad()
+
+
+def without_graph(x: Any, name: str, differentiable: bool | str) -> None:
+    """Refuse a state whose gradient would be cut off without a word, and a ``differentiable`` that is none."""
+    if differentiable not in (False, True, "checkpoint"):
+        raise ValueError(f'differentiable must be False, True or "checkpoint", got {differentiable!r}')
+    if differentiable and torch.is_inference_mode_enabled():
+        raise ValueError("differentiable needs gradients, and inference mode has none: leave torch.inference_mode")
+    if not differentiable and isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and there is none: pass differentiable=True, or {name}.detach()")
+
+
+def _solve(
+    system: System,
+    x: Tensor,
+    grid: Tensor | Sequence[float],
+    method: Any,
+    *,
+    rtol: float,
+    atol: float,
+    max_nfe: int | None,
+    noise: Noise | None,
+    keep: int,
+    denoise: bool,
+    estimate: bool,
+    progress: bool,
+    callback: Callback | None,
+) -> Solution:
     times = _monotone(grid, system)
+    schedules = (system.sde.alpha, system.sde.sigma) if isinstance(system, Reverse) and torch.is_grad_enabled() else ()
+    if any(schedule(times).requires_grad for schedule in schedules):
+        raise ValueError("parameters of the process require a gradient, and samples have none to them: detach them")
+    if method is None:
+        if system.churn:
+            raise ValueError(f"method must be given where churn = {system.churn:g} > 0: {ADAPTIVE_SDE} or a step rule")
+        method = "adams" if isinstance(system, Reverse) and type(system).drift is Reverse.drift else "rk45"
     _checks.lookup(NOISE_TYPES, system.noise_type, "noise_type")
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
-    if denoise:
-        system.at(float(times[-1]), x)  # raises where the system has no score
+    if denoise and not isinstance(system, Reverse):
+        system.at(float(times[-1]), x)  # raises, since there is no score
     if keep:
         keep = _checks.count(keep, "keep", minimum=2)
     if estimate and (method in (*ADAPTIVE, ADAPTIVE_SDE) or (isinstance(method, str) and ":" in method)):
@@ -91,6 +145,7 @@ def solve(
         backend = _checks.lookup(backends.METHODS, method, "method")
         if keep or callback is not None or max_nfe is not None or progress:
             raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
+        system.prepare(times.tolist(), x)
         solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise)
         return _denoised(system, solution, float(times[-1])) if denoise else solution
     if system.churn and system.noise_type == "general":
@@ -100,6 +155,9 @@ def solve(
             raise ValueError(
                 f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use {ADAPTIVE_SDE} or a step rule"
             )
+        system.prepare(times[[0, -1]].tolist(), x)
+        if system.churn and isinstance(system, Reverse) and bool((system.levels(times[[0, -1]]).alpha == 0).any()):
+            system.require_drift()
         limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8 + denoise) - denoise
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
@@ -155,7 +213,8 @@ def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
     # A float32 grid may lie a rounding beyond the ends.
     if times.min() < low - 1e-6 * abs(low) or times.max() > high + 1e-6 * abs(high):
         ends = f"[{float(times.min()):g}, {float(times.max()):g}]"
-        raise ValueError(f"grid must lie in [{low:g}, {high:g}] for {type(system).__name__}, got {ends}")
+        zero = "; the step to 0 is the denoising, denoise=True: leave the 0 out" if times.min() == 0 < low else ""
+        raise ValueError(f"grid must lie in [{low:g}, {high:g}] for {type(system).__name__}, got {ends}{zero}")
     if system.backwards_only and steps[0] > 0:
         raise ValueError(
             f"grid must decrease: a reverse SDE (churn = {system.churn:g}) only holds backwards in time; "

@@ -13,8 +13,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.models.network import PREDICTIONS, NetworkScore, as_score
-from sdekit.processes.gaussian import VESDE, VPSDE, HeatODE, SubVPSDE
+from sdekit.models.network import NetworkScore, as_score
+from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
+from sdekit.processes.kinds import KINDS
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
 from sdekit.training.networks import NETWORKS, Preconditioned, build
@@ -27,6 +28,8 @@ PROCESSES: dict[str, tuple[type[SDE], tuple[str, ...]]] = {
     "SubVPSDE": (SubVPSDE, ("beta_min", "beta_max")),
     "VESDE": (VESDE, ("sigma_min", "sigma_max")),
     "HeatODE": (HeatODE, ("T",)),
+    "RectifiedFlow": (RectifiedFlow, ("shift",)),
+    "CosineVP": (CosineVP, ("s",)),
     "BetaTable": (BetaTable, ("betas",)),
     "SigmaTable": (SigmaTable, ("sigmas",)),
 }
@@ -56,7 +59,7 @@ def save_checkpoint(
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    _checks.lookup(PREDICTIONS, predicts, "prediction")
+    _checks.lookup(KINDS, predicts, "prediction")
     about = {
         "process": describe_process(sde),
         "predicts": predicts,

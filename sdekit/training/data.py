@@ -13,6 +13,9 @@ from torch.utils.data import Dataset
 from sdekit import _checks
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_MAY_BE_DEEP = {".png", ".tif", ".tiff"}  # the rest have 8 bits a channel at most
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF: BitsPerSample, PhotometricInterpretation
+_WHITE = {"b1": 1, "u1": 255, "u2": 65535}  # of arrays, by kind and bytes: the last of the levels
 
 
 @dataclass
@@ -52,9 +55,11 @@ def load_data(source: str, *, size: int | None = None, channels: int | None = No
     "digits": scikit-learn's 1,797 digits, 8x8, 17 levels, with labels. A folder with IDX files (the format of MNIST and
     Fashion-MNIST): their training images, with labels. Any other folder: its images, at any depth, in the order of
     their names; each is cropped to a square about its middle and resized to ``size``, with 1 or 3 ``channels`` (default
-    3). A .npz or .npy file: the array "x" (or the only one) and, if there, "labels"; uint8 arrays are levels 0 ... 255,
-    laid out (N, H, W), (N, H, W, C) or (N, C, H, W); floating arrays (N, *event) are taken as they are.
-    Levels become values in [-1, 1]. Raises ValueError or FileNotFoundError that says what was found instead.
+    3). White is the largest value of a file's own type: grey images of 16 bits keep them, and make the folder one of
+    65,536 levels, else 256; Pillow reads 16-bit colour as 8-bit; transparency is left aside. A .npz or .npy file: the
+    array "x" (or the only one) and, if there, "labels"; arrays of uint8, uint16 and bool are levels 0 ... 255, 65535
+    and 1, laid out (N, H, W), (N, H, W, C) or (N, C, H, W); floating arrays (N, *event) are taken as they are.
+    Levels become values in [-1, 1]. Raises ValueError, TypeError or FileNotFoundError that says what was found instead.
     """
     path = Path(source)
     if not is_image_folder(source) and (size, channels) != (None, None):
@@ -98,10 +103,13 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 class ImageFolder(Dataset[Tensor]):
-    """Images (channels, size, size) in [-1, 1] of files, decoded when they are asked for."""
+    """Images (channels, size, size) in [-1, 1] of files, decoded when they are asked for.
 
-    def __init__(self, files: list[Path], size: int, channels: int) -> None:
-        self.files, self.size, self.channels = files, size, channels
+    Resized ones are rounded to their own type's levels again; ``levels`` (256, or 65536): no file may have more.
+    """
+
+    def __init__(self, files: list[Path], size: int, channels: int, levels: int = 256) -> None:
+        self.files, self.size, self.channels, self.levels = files, size, channels, levels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,10 +117,52 @@ class ImageFolder(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         from PIL import Image, ImageOps
 
-        with Image.open(self.files[index]) as image:
-            square = ImageOps.fit(image.convert("L" if self.channels == 1 else "RGB"), (self.size, self.size))
-        array = np.asarray(square, dtype=np.float32).reshape(self.size, self.size, self.channels)
-        return torch.from_numpy(array / 127.5 - 1).movedim(-1, 0)
+        file = self.files[index]
+        with Image.open(file) as image:
+            white = _white(image, file)
+            if white >= self.levels:
+                raise ValueError(
+                    f"{file} holds {white + 1} levels, and its folder was taken for one of {self.levels}: save it with "
+                    "8 bits, or under the name of its type (.png, .tif) and load the folder anew"
+                )
+            plain = _deep(image) if white > 255 else _shallow(image, file, "L" if self.channels == 1 else "RGB")
+            square = np.asarray(ImageOps.fit(plain, (self.size, self.size)), dtype=np.float32)
+        if white > 255:  # resized as floating numbers, where bicubic weights overshoot
+            square = square.clip(0, white).round()
+        square = square.reshape(self.size, self.size, -1)
+        array = np.broadcast_to(square / (white / 2) - 1, (self.size, self.size, self.channels))
+        return torch.from_numpy(array.copy()).movedim(-1, 0)
+
+
+def _white(image: Any, file: Path) -> int:
+    """The value that is white by an image's own type; ValueError for a type whose range says nothing of white."""
+    bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
+    if (image.mode.startswith("I;16") and bits == 16) or (image.mode == "I" and image.format == "PNG"):
+        return 65535  # which of the two modes a PNG has depends on Pillow's version
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return 255
+    kind = {"I": "signed or 32-bit integers", "F": "floating numbers"}.get(image.mode, f"{bits}-bit integers")
+    raise ValueError(
+        f"{file} is a {image.format} of {kind} (Pillow's mode {image.mode!r}), of which nobody knows what is white: "
+        "save it with 8 or 16 bits and no sign, or put the images into a .npy file of floats in [-1, 1]"
+    )
+
+
+def _deep(image: Any) -> Any:
+    """16 bits of grey as floating numbers, which every version of Pillow resizes."""
+    from PIL import Image
+
+    grey = np.asarray(image).astype(np.float32)
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns it round for 8 bits alone
+    return Image.fromarray(65535 - grey if white_is_zero else grey)
+
+
+def _shallow(image: Any, file: Path, mode: str) -> Any:
+    """8 bits of grey or colour, whatever the image has: palette, black and white, another space of colours."""
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as {mode}: {error}; save it as RGB or grey") from None
 
 
 def _folder(path: Path, size: int | None, channels: int | None) -> Data:
@@ -128,8 +178,27 @@ def _folder(path: Path, size: int | None, channels: int | None) -> Data:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("folders of images need Pillow: pip install 'sdekit[train]'") from error
-    size = _checks.count(size, "size")
-    return Data(ImageFolder(files, size, channels), (channels, size, size), None, 256, (-1.0, 1.0))
+    size, levels = _checks.count(size, "size"), _folder_levels(files)
+    return Data(ImageFolder(files, size, channels, levels), (channels, size, size), None, levels, (-1.0, 1.0))
+
+
+def _folder_levels(files: list[Path]) -> int:
+    """The most levels that a file has, by the headers of those that may have more than 8 bits.
+
+    The levels of 8 bits are every 257th of 16, so both may lie in one folder.
+    """
+    from PIL import Image
+
+    white = 255
+    for file in files:
+        if file.suffix.lower() in _MAY_BE_DEEP:
+            try:
+                image = Image.open(file)
+            except OSError:  # one that cannot be read is reported by whoever asks for it
+                continue
+            with image:
+                white = max(white, _white(image, file))
+    return white + 1
 
 
 def _array(path: Path) -> Data:
@@ -141,20 +210,28 @@ def _array(path: Path) -> Data:
     labels = arrays.pop("labels", None)
     if "x" not in arrays and len(arrays) != 1:
         raise ValueError(f"{path} must hold an array 'x' (and perhaps 'labels'), got {', '.join(arrays) or 'none'}")
-    x = torch.from_numpy(arrays["x"] if "x" in arrays else next(iter(arrays.values())))
+    x = arrays["x"] if "x" in arrays else next(iter(arrays.values()))
     if labels is not None:
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise ValueError(f"labels in {path} must be {len(x)} whole numbers >= 0, got {labels.dtype} {labels.shape}")
         labels = torch.from_numpy(labels.astype(np.int64))
-    if x.dtype is torch.uint8:
-        if x.ndim == 3:
-            x = x[:, None]
-        elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
-            x = x.movedim(3, 1)
-        return _levels(x, labels)
-    x = _checks.state(x, f"the array in {path}").float()
-    return Data(x, tuple(x.shape[1:]), labels)
+    if x.dtype.kind == "f" and x.dtype.itemsize <= 8:
+        native = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), copy=False))
+        items = _checks.state(native, f"the array in {path}").float()
+        return Data(items, tuple(items.shape[1:]), labels)
+    white = _WHITE.get(f"{x.dtype.kind}{x.dtype.itemsize}")
+    if white is None:
+        raise TypeError(
+            f"the array in {path} is of {x.dtype}, whose range says nothing of its values': save levels from black to "
+            "white as uint8, uint16 or bool, anything else as float32, scaled as the network is to see it"
+        )
+    levels = torch.from_numpy(x.astype(np.float32))
+    if x.ndim == 3:
+        levels = levels[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        levels = levels.movedim(3, 1)
+    return _levels(levels, labels, white)
 
 
-def _levels(x: Tensor, labels: Tensor | None) -> Data:
-    return Data(x.float() / 127.5 - 1, tuple(x.shape[1:]), labels, 256, (-1.0, 1.0))
+def _levels(x: Tensor, labels: Tensor | None, white: int = 255) -> Data:
+    return Data(x.float() / (white / 2) - 1, tuple(x.shape[1:]), labels, white + 1, (-1.0, 1.0))

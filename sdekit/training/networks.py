@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sdekit import _checks
 from sdekit.processes.sde import SDE
-from sdekit.system import expand, float64
+from sdekit.system import NOTHING, expand, float64
 
 
 def time_features(t: Tensor, size: int) -> Tensor:
@@ -195,7 +195,8 @@ class Preconditioned(nn.Module):
     """A network in EDM's preconditioning, which predicts x_0:  c_skip y + c_out F(c_in y, log(r)/4), y = x/alpha,
 
     c_skip = d^2/(r^2 + d^2),  c_out = r d/sqrt(r^2 + d^2),  c_in = 1/sqrt(r^2 + d^2),  at the level r = sigma/alpha of
-    any process, for data of standard deviation d = ``sigma_data``. Karras et al. 2022, eq. 7 and table 1.
+    any process, for data of standard deviation d = ``sigma_data``; where alpha = 0 F is told the level 1,000.
+    Karras et al. 2022, eq. 7 and table 1.
     To be trained with predicts="x0" and :func:`sdekit.training.objectives.edm` of the same ``sigma_data``, under which
     F's own error has weight 1.
     """
@@ -209,12 +210,12 @@ class Preconditioned(nn.Module):
         """E[x_0 | x_t = x], like x."""
         time = t.to(float64(t.device))
         lam = self.sde.half_log_snr(time)
-        r, d = torch.exp(-lam), self.sigma_data
-        norm = (r * r + d * d).sqrt()
-        skip, out, scale = (d * d / (norm * norm), r * d / norm, 1 / norm)
-        y = x / expand(self.sde.alpha(time), x)
-        f = self.network(expand(scale, x) * y, (-lam / 4).to(t.dtype), *condition)
-        return expand(skip, x) * y + expand(out, x) * f
+        lam = torch.where(lam < math.log(NOTHING), -math.log(1000.0), lam)
+        a, s, d = self.sde.alpha(time), self.sde.sigma(time), self.sigma_data
+        norm = (s * s + (a * d) ** 2).sqrt()
+        skip, out, scale = (a * d * d / (norm * norm), s * d / norm, 1 / norm)  # of x = alpha y
+        f = self.network(expand(scale, x) * x, (-lam / 4).to(t.dtype), *condition)
+        return expand(skip, x) * x + expand(out, x) * f
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "MLP": MLP}

@@ -12,6 +12,7 @@ float32, or float64 for float64 data, and keep a graph to the weights where grad
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from sdekit import _checks
 from sdekit.likelihood.bound import log_bin_probability
 from sdekit.likelihood.quantization import Quantization
 from sdekit.models.network import NetworkScore, eps_slope, prediction_target
+from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
 from sdekit.processes.sde import SDE
-from sdekit.system import Score, expand
+from sdekit.system import NOTHING, Score, expand
 
 Objective = Callable[[NetworkScore, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 Weighting = Callable[[SDE, Tensor], Tensor]
@@ -66,10 +68,24 @@ def denoising(weighting: str | Weighting = "simple") -> Objective:
         if weight is None:
             w = score.sde.sigma(t) ** 2 if score.predicts == "score" else torch.ones_like(t)
         else:
-            w = weight(score.sde, t) * eps_slope(score.predicts, score.sde, t) ** 2
+            w = _of_output(weight, weighting, score, t)
         return w.to(error) * _mean(error.square())
 
     return objective
+
+
+def _of_output(weight: Weighting, weighting: Any, score: NetworkScore, t: Tensor) -> Tensor:
+    """The weight of the error of what is predicted. Where alpha = 0 its limit, for there it is infinity times 0."""
+    sde = score.sde
+    zero = sde.alpha(t) <= NOTHING * sde.sigma(t)
+    near = torch.where(zero, (1 - 1e-9) * t, t)
+    blind = score.predicts in BLIND and float(sde.alpha(sde.T)) <= NOTHING
+    if blind and bool((zero & (weight(sde, t) > 1 / NOTHING)).any()):  # only then does a device wait
+        raise ValueError(
+            f"weighting {weighting!r} is infinite at T of {type(sde).__name__}, where alpha = 0, for a network that "
+            f"predicts {score.predicts}: draw times below T, or train one that predicts v, x0 or flow"
+        )
+    return weight(sde, near) * eps_slope(score.predicts, sde, near) ** 2
 
 
 def implicit() -> Objective:
@@ -158,6 +174,7 @@ def variational(quantization: Quantization | None = None) -> Objective:
         i > 1    N (e^{2 (lam_{i-1} - lam_i)} - 1)/2 |eps - eps^|^2 / D
         i = 1    -N log p(x_0|x_1) / D
 
+    (at t_N with alpha = 0: N SNR(t_{N-1})/2 |x_0 - x_0^|^2 / D, which is the same)
     where p is N(x_0^(x_1), (sigma/alpha)^2 I) at t_1: integrated over the bins of ``quantization`` (x_0 are then its
     values; :func:`sdekit.likelihood.bound.log_bin_probability`), or its density where there is none.
     Raises ValueError for a process without ``times`` and for t that are not among them.
@@ -175,17 +192,23 @@ def variational(quantization: Quantization | None = None) -> Objective:
             raise ValueError(f"t must be among sde.times, {n} times from {float(times[0]):g} to {float(times[-1]):g}")
         lam = sde.half_log_snr(times)
         x, eps = _noised(sde, x0, t, normal)
-        out, sigma = score(x, t), expand(sde.sigma(t), x)
-        error = _mean(_wide(eps + sigma * out).square())  # eps^ = -sigma score
+        out = score.output(x, t)
+        error = _mean(_wide(eps - _as_kind(Kind(0.0, 1.0), score, out, x, t)).square())
         gaps = torch.cat([lam[:1], lam[:-1]]) - lam
-        loss = (n / 2 * torch.expm1(2 * gaps))[index].to(error) * error
-        first = index == 0
+        zero = torch.isinf(gaps)
+        loss = (n / 2 * torch.expm1(2 * torch.where(zero, 0.0, gaps)))[index].to(error) * error
+        zero, first = zero[index], index == 0
+        if zero.any():
+            if score.predicts in BLIND:
+                raise ValueError(zero_signal(sde, score.predicts))
+            off = x0[zero] - _as_kind(Kind(1.0, 0.0), score, out[zero], x[zero], t[zero])
+            loss = loss.index_put((zero,), (n / 2 * torch.exp(2 * lam[-2])).to(error) * _mean(_wide(off).square()))
         if not first.any():
             return loss
         if quantization is None:  # x_0 - x_0^ = sigma/alpha (eps^ - eps)
             decoder = error[first] / 2 + math.log(2 * math.pi) / 2 - lam[0].to(error)
         else:
-            mean = ((x + sigma**2 * out) / expand(sde.alpha(t), x))[first]
+            mean = _as_kind(Kind(1.0, 0.0), score, out[first], x[first], t[first])
             levels = ((x0[first].double() - quantization.low) / quantization.bin).round().long()
             decoder = -_mean(log_bin_probability(quantization, levels, mean, math.exp(-float(lam[0])))).to(error)
         return loss.index_put((first,), n * decoder)
@@ -208,6 +231,14 @@ def _noised(sde: SDE, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> tu
     eps = normal()
     mean, std = sde.marginal(x0, t)
     return mean + std * eps, eps
+
+
+def _as_kind(wanted: Kind, score: NetworkScore, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What the network said of x, as another kind of prediction, of two numbers."""
+    sde = score.sde
+    kind = Kind(*(torch.full_like(t, c) for c in wanted))
+    a, b = express(kind, kind_of(score.predicts, sde, t), sde.alpha(t), sde.sigma(t))
+    return expand(a, x) * out + expand(b, x) * x
 
 
 def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sdekit import _checks
-from sdekit.models.network import PREDICTIONS, as_score
+from sdekit.models.network import as_score
+from sdekit.processes.kinds import KINDS
 from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import TIMES, Draws, Order, batches
@@ -91,7 +92,7 @@ def train(
     FileExistsError where ``out`` holds a run and resume is False.
     """
     _checks.instance(sde)
-    _checks.lookup(PREDICTIONS, predicts, "prediction")
+    _checks.lookup(KINDS, predicts, "prediction")
     steps, batch, every = (_checks.count(n, s) for n, s in ((steps, "steps"), (batch, "batch"), (every, "every")))
     if not 0 <= label_drop < 1:
         raise ValueError(f"label_drop must be a fraction of at least 0 and below 1, got {label_drop!r}")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import VPSDE, GaussianMixture, SolverError, likelihood, log_likelihood, sample_with_log_prob
+from sdekit import VPSDE, GaussianMixture, SolverError, log_likelihood, sample_with_log_prob
+from sdekit.likelihood import flow
 from tests.conftest import gaussian_score
 from tests.processes.test_fokker_planck import random_mixture
 
@@ -271,7 +272,7 @@ def test_bad_input_is_named(kwargs, error, message):
 
 
 def test_a_flow_that_runs_away_is_said_to(monkeypatch):
-    monkeypatch.setattr(likelihood, "_MAX_NFE", 300)
+    monkeypatch.setattr(flow, "_MAX_NFE", 300)
     with pytest.raises(SolverError, match="2 of 2 samples stopped: the evaluation limit") as caught:
         log_likelihood(VPSDE(), lambda x, t: -(x**3) * 1e4, torch.ones(2, 2, dtype=torch.float64))
     assert caught.value.solution.nfe <= 300

@@ -1,20 +1,36 @@
 """Networks as scores: every parameterisation, the network's clock and dtype, and what is checked at the border."""
 
+import copy
+import dataclasses
 import math
+import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from sdekit import SDE, VPSDE, as_score, pc_sample, sample
-from sdekit.models.network import PREDICTIONS, prediction_target
-from sdekit.processes.reverse import CountedScore
+from sdekit import (
+    SDE,
+    VPSDE,
+    GaussianMixture,
+    as_score,
+    calibrate,
+    encode,
+    log_likelihood,
+    ode_sample,
+    pc_sample,
+    sample,
+)
+from sdekit.models.network import prediction_target
+from sdekit.processes.counted import Counted, Moment, as_model
+from sdekit.processes.kinds import KINDS
 from tests.conftest import gaussian_score
 
 X = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(3, 2, 2)
 
 
-@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("predicts", KINDS)
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_every_prediction_gives_the_score(sde, predicts, per_sample):
     """A network that knows x_0 and eps exactly, in its own words; the score of a point mass is -eps/sigma."""
@@ -85,10 +101,20 @@ def test_zero_terminal_snr_is_refused():
         def sigma(self, t):
             return t
 
-    with pytest.raises(ValueError, match=r"zero terminal SNR, alpha\(T\) = 0 at T = 1.*T = 0.999"):
-        as_score(lambda x, t: x, Rectified(), "eps")
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        Rectified().reverse(lambda x, t: x)
+    sde = Rectified()
+    message = r"zero terminal SNR, alpha\(T\) = 0 at T = 1.*predicts (eps|score) says nothing.*T = 0.999.*predicts v"
+    for score in (as_score(lambda x, t: x, sde, "eps"), as_score(lambda x, t: x, sde), lambda x, t: x):
+        for run in (
+            lambda s=score: sample(sde, s, (2, 2), nfe=5, seed=0),
+            lambda s=score: ode_sample(sde, s, (2, 2), seed=0),
+            lambda s=score: log_likelihood(sde, s, torch.ones(2, 2)),
+            lambda s=score: encode(sde, s, torch.ones(2, 2)),
+            lambda s=score: calibrate(sde, s, (2, 2), nfe=5, noises=4),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run()
+        below = torch.tensor([0.9, 0.5, 0.1])  # where there is signal it serves
+        assert torch.isfinite(sample(sde, score, (2, 2), grid=below, seed=0)).all()
 
 
 def test_unknown_prediction_names_the_near_ones():
@@ -133,9 +159,159 @@ def test_bad_scores_are_named(score, error, message):
 
 
 def test_budget_is_hard():
-    score = CountedScore(lambda x, t: x, budget=2)
+    model = Counted(as_model(lambda x, t: x, VPSDE()), budget=2)
+    moment = Moment(torch.tensor(0.5), None, 1.0, 0.0)
     for _ in range(2):
-        score(X, torch.tensor(0.5))
+        model(X, moment)
     with pytest.raises(RuntimeError, match="nfe budget of 2"):
-        score(X, torch.tensor(0.5))
-    assert score.nfe == 2
+        model(X, moment)
+    assert model.nfe == 2
+
+
+class Outcome(NamedTuple):
+    """As diffusers' classes are: fields by name, key and index."""
+
+    sample: torch.Tensor
+    extra: int = 0
+
+
+@dataclasses.dataclass
+class Answer:
+    sample: torch.Tensor
+    logits: int = 0
+
+
+OUTPUTS = {
+    "attribute": (lambda y: Answer(y), "sample"),
+    "named tuple": (lambda y: Outcome(y), "sample"),
+    "key": (lambda y: {"sample": y, "aux": None}, "sample"),
+    "index": (lambda y: (None, y), 1),
+    "callable": (lambda y: {"a": {"b": y}}, lambda out: out["a"]["b"]),
+    "mean": (lambda y: torch.cat([y, y.abs()], 1), "mean"),
+}
+
+
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_the_prediction_is_taken_out_of_what_the_network_returns(form):
+    """PITFALL 34."""
+    sde, (wrap, output) = VPSDE(), OUTPUTS[form]
+    x = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
+    plain = sample(sde, as_score(lambda x, t: 0.3 * x, sde, "eps"), x.shape, nfe=5, x_T=x)
+    wrapped = as_score(lambda x, t: wrap(0.3 * x), sde, "eps", output=output)
+    assert torch.equal(sample(sde, wrapped, x.shape, nfe=5, x_T=x), plain)
+
+
+@pytest.mark.parametrize(
+    ("network", "output", "message"),
+    [
+        (
+            lambda x, t: (x, None),
+            None,
+            r"returned a tuple of 2 entries; say where .* as_score\(\.\.\., output=\.\.\.\)",
+        ),
+        (lambda x, t: Outcome(x), None, "a Outcome of sample, extra; say where"),
+        (lambda x, t: {"sample": x}, None, "a dict of 'sample'; say where"),
+        (lambda x, t: Answer(x), None, "a Answer with sample, logits; say where"),
+        (lambda x, t: Answer(x), "samples", "output='samples' is not in .* a Answer with sample, logits"),
+        (lambda x, t: {"sample": x}, "x", "output='x' is not in .* a dict of 'sample'"),
+        (lambda x, t: (x,), 1, "output=1 is not in .* a tuple of 1 entries"),
+        (
+            lambda x, t: torch.cat([x, x], 1),
+            None,
+            r'twice the channels are a mean and a learned variance.*output="mean"',
+        ),
+        (lambda x, t: None, None, "a NoneType; say where"),
+    ],
+)
+def test_what_a_network_returned_is_described(network, output, message):
+    sde, x = VPSDE(), torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match=message):
+        sample(sde, as_score(network, sde, "eps", output=output), x.shape, nfe=5, x_T=x)
+    with pytest.raises(TypeError, match="output must be an attribute, a key, an index or a callable, got 1.5"):
+        as_score(network, sde, "eps", output=1.5)
+    with pytest.raises(TypeError, match="x must be a floating tensor, got torch.int64"):
+        as_score(lambda x, t: x, sde, "eps")(torch.ones(2, 3, dtype=torch.int64), 0.5)
+
+
+@pytest.mark.parametrize("run", ["fixed", "adaptive", "by hand"])
+def test_an_integer_clock_stays_one(run):
+    """PITFALL 35: a table's index is no float."""
+    seen, sde = [], VPSDE()
+
+    def network(x, t):
+        seen.append(t)
+        return 0.1 * x
+
+    score = as_score(network, sde, "eps", time=lambda t: (999 * t).round().long())
+    if run == "fixed":
+        sample(sde, score, (3, 2), nfe=5, seed=0, dtype=torch.bfloat16)
+    elif run == "adaptive":
+        ode_sample(sde, score, (3, 2), rtol=0.1, atol=0.1, seed=0)
+    else:
+        score(torch.ones(3, 2), 0.5)
+    assert {t.dtype for t in seen} == {torch.int64}
+    assert {t.shape for t in seen} == {(3,)} | ({(k,) for k in (1, 2)} & {t.shape for t in seen})
+
+
+def clock(t):
+    return 999 * t
+
+
+def middle(out):
+    return out[0]
+
+
+def linear(x, t, *labels):
+    return (0.3 * x,)
+
+
+def test_scores_are_pickled():
+    """PITFALL 36: a spawned worker gets its model as a pickle."""
+    sde, x = VPSDE(), torch.ones(2, 2)
+    for score in (
+        as_score(linear, sde, "eps", time=clock, output=middle).given(torch.tensor([1, 2])),
+        as_score(linear, sde, "v", output=0),
+        GaussianMixture(torch.zeros(1, 2), torch.eye(2)[None]).score(sde),
+    ):
+        again = pickle.loads(pickle.dumps(score))
+        assert torch.equal(again(x, 0.5), score(x, 0.5))
+        assert torch.equal(copy.deepcopy(score)(x, 0.5), score(x, 0.5))
+    for name, arguments in {
+        "time": {"time": lambda t: t},
+        "output": {"output": lambda out: out},
+    }.items():
+        score = as_score(linear, sde, "eps", **{"output": 0, **arguments})
+        with pytest.raises(
+            pickle.PicklingError, match=f"{name} is a lambda .* cannot be pickled; give as_score a func"
+        ):
+            pickle.dumps(score)
+        copy.deepcopy(score)  # which needs no name
+        copy.copy(score)
+
+
+def test_no_graph_break_per_evaluation():
+    """PITFALL 39: none in a score, nor in what a step of a solver asks for."""
+    explain, sde, x = torch._dynamo.explain, VPSDE(), torch.ones(4, 2)
+    score = as_score(lambda x, t: 0.3 * x * t[:, None], sde, "eps", time=clock)
+    system = sde.probability_flow(score)
+    system.prepare([1.0, 0.5], x)
+    for evaluate in (
+        lambda x: score(x, 0.5),
+        lambda x: score(x, torch.full((4,), 0.5)),
+        lambda x: system.model(x, system.at(0.5, x).time),
+    ):
+        torch._dynamo.reset()
+        evaluate(x)
+        assert explain(evaluate)(x).graph_break_count == 0
+
+
+def test_a_model_of_another_process_keeps_its_score():
+    """Wrapped for a process of other times, it says there what its score is, in whatever kind the rule works."""
+    fast, slow = VPSDE(0.1, 20.0), VPSDE(0.2, 10.0)
+    score = as_score(lambda x, t: 0.3 * x, fast, "x0")
+    x = fast.prior_sample((3, 2), seed=0, dtype=torch.float64)
+    for name in ("dpmpp_2m", "heun", "ddim", "flow_unipc_3", "dpm_solver_2", "ancestral"):
+        one, other = (sample(slow, s, x.shape, name, steps=7, x_T=x, seed=0) for s in (score, lambda x, t: score(x, t)))
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    same = as_score(lambda x, t: 0.3 * x, VPSDE(), "x0")
+    assert torch.equal(sample(fast, same, x.shape, nfe=7, x_T=x), sample(fast, score, x.shape, nfe=7, x_T=x))

@@ -1,9 +1,11 @@
 """Clipping of x_0: a score like any other, the same to the bit where nothing is clipped."""
 
+import pickle
+
 import pytest
 import torch
 
-from sdekit import SAMPLERS, VPSDE, dynamic_threshold, load_pretrained, ode_sample, sample, static_threshold
+from sdekit import SAMPLERS, VPSDE, as_score, dynamic_threshold, load_pretrained, ode_sample, sample, static_threshold
 from tests.conftest import gaussian_score
 
 
@@ -87,3 +89,23 @@ def test_bad_input_is_named(arguments, message):
     sde = VPSDE()
     with pytest.raises(ValueError, match=message):
         dynamic_threshold(sde, gaussian_score(sde), **arguments)
+
+
+def scored(x, t):
+    return -x
+
+
+@pytest.mark.parametrize("make", [static_threshold, dynamic_threshold])
+def test_a_thresholded_score_pickles(make):
+    sde, x = VPSDE(), torch.linspace(-3, 3, 8).reshape(2, 4)
+    score = make(sde, scored, (-1.0, 1.0))
+    assert torch.equal(pickle.loads(pickle.dumps(score))(x, 0.3), score(x, 0.3))
+
+
+def test_a_range_that_is_never_reached_changes_nothing_whatever_process_is_named():
+    """The prediction inside is of the process that its network was wrapped for."""
+    sde, other = VPSDE(0.1, 20.0), VPSDE(0.1, 8.0)
+    score = as_score(lambda x, t: 0.3 * x, other, "x0")
+    x = sde.prior_sample((3, 2), seed=0)
+    draw = lambda s: sample(sde, s, x.shape, "ddim", nfe=6, x_T=x)  # noqa: E731
+    assert torch.equal(draw(static_threshold(sde, score, (-1e6, 1e6))), draw(score))

@@ -103,3 +103,20 @@ def test_bad_input_is_named(kwargs, message):
 def test_a_like_or_an_id_that_cannot_be_used_is_named(like, ids, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Noise(like, 0, ids)
+
+
+def test_times_that_differ_by_rounding_draw_the_same():
+    """Another mathematics library, or the same grid by another formula, moves the last bits of a time."""
+    x = torch.empty(3, 4)
+    times = torch.linspace(1.0, 1e-5, 1001, dtype=torch.float64)
+    other = (torch.linspace(1.0**0.5, 1e-5**0.5, 1001, dtype=torch.float64) ** 2)[::50]
+    a, b = Noise(x, 7), Noise(x, 7)
+    for t in (*times[::50].tolist(), *other.tolist()):
+        a.enter(t, 0.9 * t)
+        b.enter(t * (1 + 4e-16), 0.9 * t * (1 - 4e-16))
+        assert torch.equal(a.normal(), b.normal())
+    b.enter(t * (1 + 1e-6), 0.9 * t)
+    a.enter(t, 0.9 * t)
+    assert not torch.equal(a.normal(), b.normal())
+    a.enter(0.5, 0.25), b.enter(0.25, 0.5)
+    assert not torch.equal(a.normal(), b.normal())

@@ -93,7 +93,10 @@ def test_the_slope_at_a_time_of_the_table_is_that_of_its_own_step():
 def test_tables_are_monotone_with_finite_coefficients_everywhere(table):
     n = len(table.times)
     t = torch.linspace(0, 1, 3001, dtype=torch.float64)
-    for values in (*table.coefficients(t), table.diffusion(torch.cat([table.times, torch.tensor([1e-12, 1e-6 / n])]))):
+    for values in (
+        *table.coefficients(t)[:-1],
+        table.diffusion(torch.cat([table.times, torch.tensor([1e-12, 1e-6 / n])])),
+    ):
         assert torch.isfinite(values).all()
     assert (table.alpha(t).diff() <= 0).all()
     assert (table.sigma(t).diff() > 0).all()
@@ -203,7 +206,9 @@ def test_bad_tables_are_named(make, values, error, message):
 
 def test_what_only_one_of_them_refuses():
     with pytest.raises(ValueError, match="betas must lie between 0 and 1"):
-        BetaTable([0.1, 1.0])
+        BetaTable([1.0, 0.1])
+    with pytest.raises(ValueError, match="betas must lie between 0 and 1"):
+        BetaTable([0.1, 1.1])
     for values in ([2.0, 1.0], [1.0, 1.0]):
         with pytest.raises(ValueError, match="sigmas must be positive and increase"):
             SigmaTable(values)
@@ -218,5 +223,22 @@ def test_a_table_is_a_copy_and_takes_any_numbers():
 
 
 def test_zero_terminal_snr_is_refused_with_its_remedy():
-    with pytest.raises(ValueError, match="zero terminal SNR"):
-        as_score(lambda x, t: x, BetaTable([0.5] * 200))
+    for betas in ([0.5] * 200, [0.1, 0.2, 1.0]):
+        sde = BetaTable(betas)
+        with pytest.raises(ValueError, match=r"zero terminal SNR.*set T a little lower.*predicts v, x0 or flow"):
+            sample(sde, as_score(lambda x, t: x, sde), (2, 2), nfe=5, seed=0)
+
+
+def test_a_last_beta_of_1_ends_without_signal():
+    """Lin et al. 2024: alpha is 0 at T, linear on the last interval, and the rest of the table is what it was."""
+    betas = torch.linspace(0.01, 0.3, 10)
+    one, cut = BetaTable(torch.cat([betas, torch.ones(1)])), BetaTable(betas)
+    torch.testing.assert_close(one.alpha(one.times[:-1]), cut.alpha(cut.times), rtol=1e-12, atol=0)
+    assert float(one.alpha(1.0)) == 0
+    assert float(one.sigma(1.0)) == 1
+    t = torch.tensor([10.25, 10.5, 10.75]).double() / 11
+    torch.testing.assert_close(one.alpha(t) / one.alpha(10 / 11), torch.tensor([0.75, 0.5, 0.25]).double())
+    torch.testing.assert_close(one.alpha(t) ** 2 + one.sigma(t) ** 2, torch.ones(3).double())
+    c = one.coefficients(one.times)
+    assert torch.isfinite(torch.stack([c.dalpha, c.dsigma])).all()
+    assert torch.isfinite(torch.stack(c[:-1]))[:, :-1].all()

@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import math
+import pickle
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sdekit import VPSDE, GaussianMixture, HeatODE, as_score, calibrate, load_calibration, sample
+from sdekit.processes.counted import as_model
 from sdekit.sampling.grids import make_grid
 from tests import oracle
 from tests.conftest import PROCESSES, gaussian_score
@@ -76,7 +78,7 @@ def test_the_table_before_the_fit_is_the_fixed_sampler(sde, nfe):
     module = importlib.import_module("sdekit.sampling.calibrate")
     score = gaussian_score(sde, 0.5)
     for sampler in ("ipndm", "flow_3m", "unipc_2", "unipc_3", "dpmpp_3m", "v_3m", "deis"):
-        table = module._Table(sde, score, sampler, "karras", make_grid(sde, "karras", nfe - 1), slack=0.0)
+        table = module.FittedTable(sde, score, sampler, "karras", make_grid(sde, "karras", nfe - 1), slack=0.0)
         c = table.calibration(0.0, 0.0)
         fixed = sample(sde, score, (5, 2), c.sampler, grid=c.grid, nfe=nfe, seed=3, dtype=torch.float64)
         table = sample(sde, score, (5, 2), c, seed=3, dtype=torch.float64)
@@ -206,21 +208,24 @@ def test_graphs_are_kept_where_they_fit_and_made_again_elsewhere(monkeypatch):
 
 def test_the_memory_of_a_graph_is_that_of_the_tensors_it_saves():
     """Those of one more evaluation: what all share, such as weights, is there once. And it is given back."""
-    graph_bytes = importlib.import_module("sdekit.sampling.calibrate")._graph_bytes
-    factor, saved = torch.ones(7, 3), []
-    x, one = torch.zeros(7, 3), 7 * 3 * 4
+    module = importlib.import_module("sdekit.sampling.calibrate")
+    factor, saved, one = torch.ones(7, 3), [], 7 * 3 * 4
+
+    def graph_bytes(score):
+        noises = module.Noises(torch.zeros(7, 3), torch.arange(7), 7)
+        return module._graph_bytes(as_model(score, VPSDE()), noises, torch.tensor(0.5).double())
 
     def exponential(x, t):
         out = (x * factor[: len(x)]).exp()
         saved.append(weakref.ref(out))
         return out + t.float()
 
-    assert graph_bytes(lambda x, t: x * factor[: len(x)] + t, x, 0.5) == 0
-    assert graph_bytes(exponential, x, 0.5) == one  # exp saves its result
+    assert graph_bytes(lambda x, t: x * factor[: len(x)] + t) == 0
+    assert graph_bytes(exponential) == one  # exp saves its result
     gc.collect()
     assert [graph() for graph in saved] == [None] * 3
-    assert graph_bytes(lambda x, t: (x * factor[: len(x)]) * t.float(), x, 0.5) >= one  # for the way through t
-    assert graph_bytes(lambda x, t: x, x, 0.5) is None
+    assert graph_bytes(lambda x, t: (x * factor[: len(x)]) * t.float()) >= one  # for the way through t
+    assert graph_bytes(lambda x, t: x) is None
 
 
 def test_a_score_by_torch_func_is_fitted_too():
@@ -241,3 +246,12 @@ def test_x_T_is_a_draw_at_T():
     x_T = sde.prior_sample((4, 2), seed=5)
     given, drawn = sample(sde, score, (4, 2), c, x_T=x_T), sample(sde, score, (4, 2), c, seed=5)
     np.testing.assert_allclose(given.numpy(), drawn.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_calibration_pickles_after_use():
+    sde = VPSDE()
+    made = calibrate(sde, gaussian_score(sde, 0.5), (2, 2), nfe=3, noises=8, iterations=2, seed=0)
+    x = sample(sde, gaussian_score(sde, 0.5), (2, 2), made, seed=0)
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made
+    assert torch.equal(sample(sde, gaussian_score(sde, 0.5), (2, 2), again, seed=0), x)

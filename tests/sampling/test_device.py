@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sdekit import SAMPLERS, VPSDE, Noise, as_score, dynamic_threshold, sample, static_threshold
-from sdekit.processes.reverse import _WINDOW
+from sdekit.processes.counted import _WINDOW
 
 DEVICE, CPU, ONES = torch.device("meta"), torch.device("cpu"), torch.ones(3, dtype=torch.float64)
 LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "unique_consecutive"}

@@ -9,10 +9,11 @@ import torch
 from scipy.integrate import solve_ivp
 
 from sdekit import SAMPLERS, SDE, VPSDE, HeatODE, sample, solve
+from sdekit.processes.kinds import Kind, express
 from sdekit.sampling.grids import make_grid
 from sdekit.solvers.steppers import RULES, multistep, repeat
-from sdekit.solvers.steppers.exponential import PREDICTIONS
-from sdekit.solvers.steppers.multistep import Table
+from sdekit.solvers.steppers.exponential import PREDICTIONS, Stored
+from sdekit.solvers.steppers.table import Table
 from tests import oracle
 from tests.conftest import gaussian_score
 
@@ -82,7 +83,9 @@ def test_half_precision_keeps_a_prediction_that_counts_for_little_at_last(least,
 
     def run(x):
         system = HeatODE().reverse(lambda x, t: 0.6 * x, 0.0)
-        state = Table(time, scale, mix, linear, std, weights, None).start(x)
+        table, lv = Table(time, scale, mix, linear, std, weights, None), system.levels(time)
+        stored = Stored.of(scale, mix, system.said(lv), lv)
+        state = table.rows(stored, x.dtype).start(system.moments(time.tolist(), x))
         for t in (3.0, 2.0, 1.0):
             x, state = multistep(2, "eps")(system, x, t, t - 1, None, state)
         return x
@@ -118,8 +121,10 @@ def test_polynomial_predictions_are_integrated_exactly(prediction, order, correc
     def score(x, t):
         a, s, u = sde.alpha(t), sde.sigma(t), float(sde.half_log_snr(t))
         c = CLOCK[clock](u, float(t))
-        kind = PREDICTIONS[prediction]
-        return (0.7 + (c - 0.3) ** (order - 1) - kind.mix(a, s) * x) / kind.scale(a, s)
+        said = 0.7 + (c - 0.3) ** (order - 1)
+        score = Kind(torch.zeros_like(s), -1 / s)
+        scale, mix = express(score, PREDICTIONS[prediction].kind(a, s), a, s)
+        return scale * said + mix * x
 
     system = sde.reverse(score, churn)
     x = torch.tensor([0.4], dtype=torch.float64)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdekit import VESDE, VPSDE, HeatODE, SubVPSDE, as_score
+from sdekit import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE, as_score
 from sdekit.training import checkpoint
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.networks import build
@@ -28,7 +28,7 @@ def rewrite(path, **changes):
 
 @pytest.mark.parametrize(
     "sde",
-    [VPSDE(0.2, 15.0), SubVPSDE(0.3, 12.0), VESDE(0.02, 30.0), HeatODE(T=40.0)],
+    [VPSDE(0.2, 15.0), SubVPSDE(0.3, 12.0), VESDE(0.02, 30.0), HeatODE(T=40.0), RectifiedFlow(3.0), CosineVP(0.01)],
     ids=lambda sde: type(sde).__name__,
 )
 @pytest.mark.parametrize("predicts", ["eps", "v"])

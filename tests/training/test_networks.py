@@ -149,7 +149,7 @@ def test_labels_reach_the_network_and_none_is_a_class_of_its_own():
     assert all(not torch.equal(each[i], each[j]) for i in range(4) for j in range(i))
     mixed = score.given(torch.tensor([2, 0]))(x, 0.5)
     assert torch.allclose(mixed, torch.stack([each[2][0], each[0][1]]), rtol=1e-6)
-    with pytest.raises(ValueError, match="labels were given for 3 samples, and x has 2"):
+    with pytest.raises(ValueError, match="conditions were given for 3 samples, and x has 2"):
         score.given(torch.tensor([0, 1, 2]))(x, 0.5)
     with pytest.raises(ValueError, match="without classes"):
         as_score(build("MLP", dim=2, width=8, layers=1), sde, "eps").given(1)(x, 0.5)

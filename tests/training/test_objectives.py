@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdekit import VPSDE, BetaTable, GaussianMixture, as_score
-from sdekit.models.network import PREDICTIONS
+from sdekit.processes.kinds import KINDS
 from sdekit.training.networks import build
 from sdekit.training.objectives import (
     OBJECTIVES,
@@ -195,12 +195,12 @@ def test_a_weighting_is_the_same_whatever_the_network_predicts(sde, weighting):
         "callable": (1 + t) * eps_error,
     }[weighting]
     objective = denoising(weighting if weighting in WEIGHTINGS else lambda sde, t: 1 + t)
-    for predicts in PREDICTIONS:
+    for predicts in KINDS:
         got = objective(as_score(Says(sde, predicts), sde, predicts), x0, t, in_turn(eps))
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9, msg=lambda m, p=predicts: f"{p}: {m}")
 
 
-@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("predicts", KINDS)
 def test_the_simple_weighting_is_one_on_what_is_predicted(predicts):
     """And sigma^2 on a score. The target is what the same formulas make of the true pair."""
     sde = VPSDE()
@@ -219,7 +219,7 @@ def test_the_simple_weighting_is_one_on_what_is_predicted(predicts):
 def test_objectives_of_the_score_do_not_ask_what_the_network_predicts(sde, make):
     x0, eps, v, _, t = pairs()
     losses = [
-        make()(as_score(Says(sde, predicts), sde, predicts), x0, t * sde.T, in_turn(eps, v)) for predicts in PREDICTIONS
+        make()(as_score(Says(sde, predicts), sde, predicts), x0, t * sde.T, in_turn(eps, v)) for predicts in KINDS
     ]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-6, atol=1e-7)

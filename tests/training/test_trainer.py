@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdekit import VESDE, VPSDE, GaussianMixture, HeatODE, SubVPSDE, as_score
-from sdekit.models.network import PREDICTIONS
+from sdekit.processes.kinds import KINDS
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import Draws, Order, lognormal
 from sdekit.training.ema import EMA
@@ -52,7 +52,7 @@ class Target(torch.nn.Module):
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(sigma_max=5.0)], ids=lambda sde: type(sde).__name__)
-@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("predicts", KINDS)
 def test_a_perfect_network_has_no_loss(predicts, sde):
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 64, 3, generator=generator, dtype=torch.float64)

@@ -18,14 +18,16 @@ class StepRule:
 
     ``system`` has drift(x, t), add_drift(x, t, h, at) and diffusion_at(x, t); a reverse system has also
     predict(x, t) -> (x0, eps), score(x, time) and at(t, x), the process at t. t and s are Python floats, in either
-    direction.
+    direction. ``model(x, node.time)`` is what the network itself says, and ``express`` (:mod:`sdekit.processes.kinds`)
+    makes of it any kind of prediction.
     ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s), and was told of the step by the loop
     (``enter``): as many draws as a rule likes, all of them that step's own. ``state`` is None at first and whatever
     the rule returned after; it is handed on from step to step and used once, since rules may change it in place.
 
     ``evaluations``: network evaluations of one step, at most; ``extra``: those that a whole run adds, whatever its
     steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with additive noise.
-    ``noisy``: the rule draws noise of its own, even where the system's churn is 0.
+    ``noisy``: the rule draws noise of its own, even where the system's churn is 0. ``churn``: of a rule that has its
+    own amount of noise, the only one besides 0 that it takes from a system; None where it does what the system says.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
     ``begin(system, times, x)``: makes the first state from the whole grid and the first x, where None is not enough.
@@ -45,6 +47,7 @@ class StepRule:
     extra: int = 0
     weak_order: int = 1
     noisy: bool = False
+    churn: float | None = None
     finish: Callable[[Any, Tensor, float, Any], Tensor] = lambda system, x, t, state: system.denoise(x, t)
     correction: Callable[[Any], Tensor | None] | None = None
     table: Any = None
@@ -93,6 +96,7 @@ def chain(first: StepRule, second: StepRule) -> StepRule:
         lambda system, times, x: (first.begin(system, times, x), second.begin(system, times, x)),
         extra=first.extra + second.extra,
         noisy=first.noisy or second.noisy,
+        churn=second.churn if first.churn is None else first.churn,
     )
 
 
@@ -106,8 +110,9 @@ def repeat(rule: StepRule, times: int) -> StepRule:
         return x, state
 
     return StepRule(
-        step, times * rule.evaluations, rule.order, rule.nodes, rule.begin, extra=times * rule.extra, noisy=rule.noisy
-    )
+        step, times * rule.evaluations, rule.order, rule.nodes, rule.begin, extra=times * rule.extra,
+        noisy=rule.noisy, churn=rule.churn,
+    )  # fmt: skip
 
 
 def at_end(rule: StepRule) -> StepRule:
@@ -116,4 +121,7 @@ def at_end(rule: StepRule) -> StepRule:
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         return rule(system, x, s, s, noise, state)
 
-    return StepRule(step, rule.evaluations, rule.order)
+    return StepRule(
+        step, rule.evaluations, rule.order, rule.nodes, rule.begin, extra=rule.extra, noisy=rule.noisy,
+        churn=rule.churn,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from sdekit.processes.kinds import Kind, express
 from sdekit.processes.reverse import combine
 from sdekit.solvers.steppers.base import step_rule
 
@@ -127,7 +128,13 @@ def reverse_diffusion(system: Any, x: Tensor, t: float, s: float, noise: Any, st
     a = n_t.alpha / n_s.alpha
     r = a * n_s.sigma / n_t.sigma
     v = n_t.sigma**2 * (1 - r) * (1 + r)
-    x_s = combine(2 - a, x, 0.5 * (1 + system.churn**2) * v, system.score(x, n_t.time))
+    if n_t.alpha == 0 or n_s.alpha == 0:
+        raise ValueError(
+            "reverse_diffusion takes a step as small against the noise, and one that begins or ends where alpha = 0, "
+            f"at T = {max(t, s):g}, is all of it: start a little lower, or take ancestral, whose transition is exact"
+        )
+    out, own = express(Kind(0.0, -0.5 * (1 + system.churn**2) * v / n_t.sigma), n_t.said, n_t.alpha, n_t.sigma)
+    x_s = combine(2 - a + own, x, out, system.model(x, n_t.time))
     if system.churn:
         x_s = plus(x_s, system.churn * v**0.5, noise.normal())
     return x_s, state

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.processes.kinds import Kind, express
 from sdekit.processes.reverse import combine
 from sdekit.solvers.steppers.base import StepRule, step_rule
 
@@ -23,6 +24,7 @@ def langevin(snr: float = 0.16) -> StepRule:
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         n = system.at(t, x)
         e = 2 * (n.alpha / system.at(s, x).alpha * snr * n.sigma) ** 2
-        return combine(1.0, x, e, system.score(x, n.time)) + (2 * e) ** 0.5 * noise.normal(), state
+        a, b = express(Kind(0.0, -e / n.sigma), n.said, n.alpha, n.sigma)
+        return combine(1.0 + b, x, a, system.model(x, n.time)) + (2 * e) ** 0.5 * noise.normal(), state
 
     return step

@@ -13,21 +13,24 @@ from sdekit.solvers.steppers.base import StepRule, as_rule
 from sdekit.solvers.steppers.exponential import (
     CLOCKS,
     PREDICTIONS,
+    Stored,
     add_weighted,
+    between,
+    fitting,
     grid_levels,
     integrand,
     interpolate,
     scalars,
-    unit,
+    stored,
 )
 from sdekit.system import Levels
 
 
 class Stage(NamedTuple):
-    """One evaluation, at ``time``, and the x that follows: linear times the step's first x, predictions, noise."""
+    """One evaluation, and the x that follows: linear times the step's first x, predictions, noise."""
 
-    time: Tensor
-    reach: float | None
+    reach: float | None  # of ``stored``; None: the output itself is stored
+    x_first: bool
     linear: Tensor
     weights: list[float]  # of the predictions that it uses
     carry: float  # of the noise in the x before, by the linear part from there
@@ -56,26 +59,44 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
             f"stages must be pairs (c, uses) with 0 < c <= 1, the last c = 1, uses below j + 1; got {stages}"
         )
 
+    token = object()
+
     def begin(system: Any, times: list[float], x: Tensor) -> Any:
-        lv = grid_levels(system, times)
-        start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
-        return tabulate(system, stages, prediction, clock, start, end, x)
+        def make() -> Steps:
+            lv = grid_levels(system, times)
+            start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
+            return tabulate(system, stages, prediction, clock, start, end, x.dtype)
+
+        return system.keep((token, tuple(times), x.dtype), make).start(system, x)
 
     return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
 
 
+class Steps(NamedTuple):
+    """The stages of all steps, and the times of their evaluations. The same for every run on a grid."""
+
+    stages: list[Sequence[Stage]]
+    times: list[float]
+
+    def start(self, system: Any, x: Tensor) -> Iterator[tuple[Sequence[Stage], Sequence[Any]]]:
+        """Step by step, with the moments of the evaluations."""
+        moments, each = system.moments(self.times, x), len(self.times) // len(self.stages)
+        return zip(self.stages, [moments[i : i + each] for i in range(0, len(moments), each)], strict=True)
+
+
 def tabulate(
-    system: Any, stages: Stages, prediction: str, clock: str, start: Levels, end: Levels, x: Tensor
-) -> Iterator[Sequence[Stage]]:
-    """The stages of the steps from ``start`` (N,) to ``end`` (N,), for a state like x."""
-    kind, to_clock = PREDICTIONS[prediction], CLOCKS[clock]
+    system: Any, stages: Stages, prediction: str, clock: str, start: Levels, end: Levels, dtype: torch.dtype
+) -> Steps:
+    """The stages of the steps from ``start`` (N,) to ``end`` (N,), for states of that dtype."""
+    kind, to_clock = fitting(prediction, clock, Levels(*map(torch.cat, zip(start, end, strict=True))))
     at = [start]  # the levels at the step's start and at each stage
     for c, _ in stages:
-        at.append(end if c == 1 else system.levels(system.sde.inverse_half_log_snr(torch.lerp(start.lam, end.lam, c))))
+        at.append(end if c == 1 else system.levels(system.sde.inverse_half_log_snr(between(start, end, c))))
     place = torch.stack([to_clock(system, lv.lam) for lv in at[:-1]], dim=1)
-    scale, mix = (torch.stack([of(lv.alpha, lv.sigma) for lv in at[:-1]], dim=1) for of in (kind.scale, kind.mix))
-    whole = unit(scale, mix)
-    reach = (scale / whole).T.tolist() if bool((mix != 0).any()) else [[None] * len(place)] * len(stages)
+    pairs = [system.express(kind.kind(lv.alpha, lv.sigma), lv) for lv in at[:-1]]
+    kept = [Stored.of(a, b, system.said(lv), lv) for (a, b), lv in zip(pairs, at, strict=False)]
+    with_x = any(bool((b != 0).any()) for _, b in pairs)
+    whole = torch.stack([s.whole if with_x else a for s, (a, _) in zip(kept, pairs, strict=True)], dim=1)
     columns = []
     for j, (_, uses) in enumerate(stages):
         used = list(uses)
@@ -83,27 +104,28 @@ def tabulate(
         last = integrand(kind, system.churn, at[j], at[j + 1]) if system.churn and j else step
         weights = interpolate(step.kernel, to_clock(system, step.at), place[:, used]) * whole[:, used]
         numbers = (y.tolist() for y in (weights, last.linear, last.std))
-        linear, kept = scalars(step.linear, x), any(j in later for _, later in stages[j + 1 :])
-        columns.append(map(Stage, at[j].time.unbind(), reach[j], linear, *numbers, repeat(used), repeat(kept)))
-    return zip(*columns, strict=True)
+        linear, later_too = scalars(step.linear, dtype), any(j in later for _, later in stages[j + 1 :])
+        reach = kept[j].reach.tolist() if with_x else repeat(None)
+        columns.append(map(Stage, reach, kept[j].x_first.tolist(), linear, *numbers, repeat(used), repeat(later_too)))
+    return Steps(list(zip(*columns, strict=True)), torch.stack([lv.time for lv in at[:-1]], dim=1).flatten().tolist())
 
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """All stages of one step."""
-    return _stages(system, x, noise, next(state)), state
+    return _stages(system, x, noise, *next(state)), state
 
 
-def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage]) -> Tensor:
+def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage], moments: Sequence[Any]) -> Tensor:
     predictions: list[Tensor] = []
     y, drawn = x, None
-    for time, reach, linear, weights, carry, std, uses, kept in stages:
-        score = system.score(y, time)
+    for (reach, x_first, linear, weights, carry, std, uses, kept), moment in zip(stages, moments, strict=True):
+        output = system.model(y, moment)
         if reach is not None:
-            score = torch.add(y, score, alpha=reach)
+            output = stored(y, output, reach, x_first)
         elif kept:
-            score = score.clone()  # the network may write its next result over this one
-        predictions.append(score)
-        del y, score  # so that their memory serves for the next y
+            output = output.clone()  # the network may write its next result over this one
+        predictions.append(output)
+        del y, output  # so that their memory serves for the next y
         y = add_weighted(x * linear, [predictions[i] for i in uses], weights)
         if std:
             fresh = std * noise.normal()
@@ -133,33 +155,38 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
     high, inflate = _checks.positive(high, "high"), _checks.positive(inflate, "inflate")
     if low >= high:
         raise ValueError(f"low must be below high, got {low:g} and {high:g}")
+    token = object()
 
     def begin(system: Any, times: list[float], x: Tensor) -> Any:
         if churn and times[-1] > times[0]:
             raise ValueError(
                 f"edm with churn = {churn:g} adds noise, which holds backwards in time only; use churn = 0"
             )
-        lv = grid_levels(system, times)
-        start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
-        if not churn:
-            return zip(repeat(1.0), repeat(0.0), tabulate(system, _HEUN, "eps", "karras", start, end, x))
-        r = torch.exp(-start.lam)
-        more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
-        top = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
-        lam = torch.maximum(start.lam - more.log1p(), top.lam)
-        raised = system.levels(torch.where(lam < start.lam, system.sde.inverse_half_log_snr(lam), start.time))
-        scale = raised.alpha / start.alpha
-        std = inflate * raised.alpha * (torch.exp(-2 * raised.lam) - torch.exp(-2 * start.lam)).clamp_min(0).sqrt()
-        steps = tabulate(system, _HEUN, "eps", "karras", raised, end, x)
-        return zip(scale.tolist(), std.tolist(), steps, strict=True)
+
+        def make() -> tuple[list[float], list[float], Steps]:
+            lv = grid_levels(system, times)
+            start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
+            r = torch.exp(-start.lam)
+            more = torch.where((low <= r) & (r <= high), min(churn / len(r), math.sqrt(2) - 1), 0.0)
+            top = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
+            lam = torch.maximum(start.lam - more.log1p(), top.lam)
+            up = lam < start.lam
+            raised = system.levels(torch.where(up, system.sde.inverse_half_log_snr(lam), start.time))
+            scale = torch.where(up, raised.alpha / start.alpha, 1.0)
+            r_up = torch.exp(-raised.lam)
+            std = torch.where(up, inflate * raised.alpha * ((r_up - r) * (r_up + r)).clamp_min(0).sqrt(), 0.0)
+            return scale.tolist(), std.tolist(), tabulate(system, _HEUN, "eps", "karras", raised, end, x.dtype)
+
+        scale, std, steps = system.keep((token, tuple(times), x.dtype), make)
+        return zip(scale, std, steps.start(system, x), strict=True)
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
         scale, std, stages = next(state)
         if std:
             x = torch.add(scale * x, noise.normal(), alpha=std)
-        return _stages(system, x, noise, stages), state
+        return _stages(system, x, noise, *stages), state
 
-    return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0)
+    return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0, churn=0.0 if churn else None)
 
 
 def restart(
@@ -181,13 +208,13 @@ def restart(
 
     def begin(system: Any, times: list[float], x: Tensor) -> Any:
         lv = grid_levels(system, times)
-        r = lv.sigma / lv.alpha
+        r = torch.exp(-lv.lam)
         if not r[-1] <= low * _SLACK < r[0]:
             ends = f"{float(r[0]):g} to {float(r[-1]):g}"
             raise ValueError(f"low must be a level that the grid passes, from sigma/alpha = {ends}, got {low:g}")
         i = int((r <= low * _SLACK).nonzero()[0])
         last = system.levels(torch.tensor([system.sde.T], dtype=torch.float64))
-        top = float(last.sigma / last.alpha)
+        top = math.exp(-float(last.lam))
         if high > top * _SLACK:
             raise ValueError(f"high must be at most {top:g}, the process's highest sigma/alpha, got {high:g}")
         levels = torch.linspace(min(high, top) ** (1 / 7), float(r[i]) ** (1 / 7), steps + 1, dtype=torch.float64) ** 7
@@ -212,5 +239,5 @@ def restart(
 
     return StepRule(
         take, rule.evaluations, rule.order, begin=begin, extra=rule.extra + repeats * steps * rule.evaluations,
-        weak_order=rule.weak_order, noisy=True,
+        weak_order=rule.weak_order, noisy=True, churn=rule.churn,
     )  # fmt: skip

@@ -1,0 +1,170 @@
+"""A model as the solvers see it: what it says at a time, counted, bounded and checked, and for which samples."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Model(Protocol):
+    """A score that can also say what its network says; whatever else is called as (x, t) says a score."""
+
+    predicts: str  # the kind, a name in KINDS
+    sde: Any  # the process of its numbers
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What it says, like x, at time, 0-d or (B,), float64; ``ready``: what it made of the time beforehand."""
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """What it makes of times, before a loop visits them with states like x. ValueError for x that it cannot take"""
+
+
+class Plain:
+    """A callable (x, t) -> score, as a model."""
+
+    predicts = "score"
+
+    def __init__(self, score: Callable[[Tensor, Any], Tensor], sde: Any) -> None:
+        self.score, self.sde = score, sde
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """The score."""
+        return self.score(x, time)
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """Nothing."""
+        return [None] * len(times)
+
+
+def as_model(score: Any, sde: Any) -> Model:
+    """The score itself, where it is a model of its own kind. Raises TypeError for what cannot be called."""
+    if not callable(score):
+        raise TypeError(f"score must be a callable (x, t) -> like x, got {type(score).__name__}")
+    return score if hasattr(score, "predicts") and hasattr(score, "output") else Plain(score, sde)
+
+
+class Moment(NamedTuple):
+    """A time as a model is given it, and the two numbers of  score = a output + b x  there."""
+
+    time: Tensor  # 0-d on the CPU, or (B,) on x's device
+    ready: Any
+    a: Any
+    b: Any
+
+
+# Which samples of how large a batch a model is being asked for, where it is not all of them. A context's, so that it
+# reaches a network through whatever closure a user has put around it.
+_asked: ContextVar[tuple[Tensor, int] | None] = ContextVar("samples", default=None)
+
+
+def samples(rows: Tensor, total: int) -> AbstractContextManager[None]:
+    """Within, models are asked for the samples ``rows`` (b,) of a batch of ``total``; conditions follow them."""
+    outer = _asked.get()
+    return _asking((rows, total) if outer is None else (outer[0][rows], outer[1]))
+
+
+@contextmanager
+def _asking(for_samples: tuple[Tensor, int] | None) -> Iterator[None]:
+    token = _asked.set(for_samples)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> tuple[Tensor, int] | None:
+    """(rows, total) of the innermost :func:`samples`, or None where a model is asked for the whole batch."""
+    return _asked.get()
+
+
+def remade(model: Model) -> Callable[..., Tensor]:
+    """Its output, with a graph that is not kept but made again when a gradient needs it."""
+    here = asked()
+
+    def again(*args: Any) -> Tensor:  # perhaps in a thread of autograd's, which knows no context
+        with _asking(here):
+            return model.output(*args)
+
+    return partial(checkpoint, again, use_reentrant=False)
+
+
+_WINDOW = 64  # evaluations between looks at whether they were finite
+
+
+class Counted:
+    """Every evaluation of a model counted, bounded by a budget, and checked.
+
+    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
+    that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
+    at once for per-sample times and within 64 evaluations otherwise (looking at every value would
+    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
+    ``remake``: make each evaluation's graph again when a gradient needs it, instead of keeping it.
+    """
+
+    def __init__(self, model: Model, budget: int | None = None) -> None:
+        self.model, self.budget, self.nfe, self.remake = model, budget, 0, False
+        self._times: list[Tensor] = []  # of the evaluations since the last check
+        self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
+        self._slots: tuple[Tensor, ...] = ()
+        self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
+
+    def __call__(self, x: Tensor, moment: Moment) -> Tensor:
+        """What the model says, checked, in x's dtype; one evaluation."""
+        if self.nfe == self.budget:
+            raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
+        self.nfe += 1
+        output = remade(self.model) if self.remake else self.model.output
+        out = output(x, moment.time, moment.ready)
+        if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
+            out = self._fitting(out, x)
+        if out.stride() != x.stride():  # or the next x would come in the layout of this result
+            out = torch.empty_like(x).copy_(out)
+        if torch.compiler.is_compiling():  # a list that grows would be a new graph at every evaluation
+            return out
+        if out.dtype is not self._like[0] or out.device != self._like[1]:
+            self._make_room(out)
+        # A sum is finite only if every entry is: one reduction, and nobody waits for it.
+        slot = self._slots[len(self._times)]
+        try:
+            torch.sum(out, None, out=slot)
+        except (
+            RuntimeError
+        ):  # out= wants no gradients and no dual numbers; to detach always would cost more than to try
+            torch.sum(out.detach(), None, out=slot)
+        time = moment.time
+        self._times.append(time)
+        if len(self._times) == _WINDOW or time.ndim:
+            self.check()
+        return out
+
+    def _make_room(self, out: Tensor) -> None:
+        self.check()
+        self._like = (out.dtype, out.device)
+        with torch.inference_mode(False):  # they are written to whatever the mode of a later call
+            dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
+            self._sums = torch.zeros(_WINDOW, dtype=dtype, device=out.device)
+            self._slots = self._sums.unbind()
+
+    @staticmethod
+    def _fitting(out: Any, x: Tensor) -> Tensor:
+        """What was said in x's dtype, or an error that says what it was instead."""
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
+            got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"score must return a floating tensor of x's shape {tuple(x.shape)}, got {got}")
+        return out.to(x.dtype)
+
+    def check(self) -> None:
+        """Raise FloatingPointError if an evaluation since the last check was not finite."""
+        times, self._times = self._times, []
+        if not times:
+            return
+        finite = torch.isfinite(self._sums[: len(times)])
+        if not finite.all():
+            t = times[int((~finite).int().argmax())]
+            at = f"t = {float(t.min()):g}" + (f" ... {float(t.max()):g}" if t.ndim == 1 and t.numel() > 1 else "")
+            raise FloatingPointError(f"score returned NaN or infinite values at {at}; check it there, or raise t_min")
