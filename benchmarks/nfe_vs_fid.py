@@ -28,8 +28,19 @@ from nfe_vs_fid_figure import Entry, Table, draw
 from torch import Tensor
 from tqdm import tqdm
 
-from sdekit import SAMPLERS, Calibration, SolverError, calibrate, load_calibration, ode_sample, sample, static_threshold
+from sdekit import (
+    SAMPLERS,
+    SDE,
+    Calibration,
+    SolverError,
+    calibrate,
+    load_calibration,
+    ode_sample,
+    sample,
+    static_threshold,
+)
 from sdekit.evaluation.metrics import frechet_distance
+from sdekit.processes.counted import as_model
 
 CALIBRATIONS = Path(__file__).parent / "results" / "calibrations"
 FIT = {"noises": 512, "iterations": 300, "batch": 64}  # a few minutes each; twice calibrate's own iterations and batch
@@ -56,15 +67,22 @@ ADAPTIVE = {"rk45": 1e-3, "adams": 1e-2}  # method -> tolerance; they choose the
 
 
 class Counted:
-    """A score that counts its evaluations."""
+    """A model that counts its evaluations, and says what it said."""
 
-    def __init__(self, score: image_data.NetworkScore) -> None:
+    def __init__(self, score: Any, sde: SDE) -> None:
         self.score, self.device, self.calls = score, score.device, 0
+        self.model = as_model(score, sde)
+        self.sde, self.predicts, self.prepare = self.model.sde, self.model.predicts, self.model.prepare
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The score, like x."""
         self.calls += 1
         return self.score(x, t)
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the network says, like x."""
+        self.calls += 1
+        return self.model.output(x, time, ready)
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -104,7 +122,7 @@ def draw_samples(
     problem: Problem, name: str, nfe: int, x_T: Tensor, seed: int, fits: dict[int, Calibration]
 ) -> tuple[Tensor, int]:
     """Samples of one sampler from the noise x_T, and the evaluations that they took."""
-    score: Any = Counted(problem.score)
+    score: Any = Counted(problem.score, problem.sde)
     counted, (name, *clipped) = score, name.split(", ")
     if clipped:
         score = static_threshold(problem.sde, score, (-1.0, 1.0))
@@ -167,21 +185,21 @@ def summarise(rows: list[dict]) -> Table:
     for name, budget in dict.fromkeys((row["sampler"], row["budget"]) for row in rows):
         chosen = [row for row in rows if (row["sampler"], row["budget"]) == (name, budget)]
         values = [row["distance"] for row in chosen]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")  # one seed tells nothing of it
+        told = len(values) > 1 and all(map(math.isfinite, values))  # one seed tells nothing of it, nor a breakdown
+        spread = statistics.stdev(values) if told else math.nan
         nfe = statistics.mean(row["nfe"] for row in chosen)
         table.setdefault(name, {})[budget or round(nfe)] = Entry(statistics.mean(values), spread, nfe)
     return table
 
 
-def show(table: Table) -> None:
-    """The table as markdown: a column per budget of evaluations."""
+def markdown(table: Table) -> str:
+    """The table: a column per budget of evaluations."""
     columns = sorted({nfe for name, row in table.items() for nfe in row if name != "real"})
-    print("| evaluations, at most | " + " | ".join(map(str, columns)) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+    lines = ["| evaluations, at most | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in table.items():
         if name != "real":
-            print(f"| {name} | " + " | ".join(str(row[nfe]) if nfe in row else "" for nfe in columns) + " |")
-    print(f"| real images (floor) | {table['real'][0]} |" + " |" * (len(columns) - 1))
+            lines.append(f"| {name} | " + " | ".join(str(row[nfe]) if nfe in row else "" for nfe in columns) + " |")
+    return "\n".join([*lines, f"| real images (floor) | {table['real'][0]} |" + " |" * (len(columns) - 1)])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -241,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     fits = calibrations(problem, options, rows)
     rows = measure(problem, options, rows, fits)
     table = summarise(rows)
-    show(table)
+    print(markdown(table))
     with open(options.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], "samples", "metric"])
         writer.writeheader()

@@ -1,7 +1,7 @@
 """Error after N network evaluations, and the overhead of a step: these samplers and other libraries', side by side.
 
     pip install -e ".[peers]"
-    python benchmarks/peers.py            # both problems and the overhead: a quarter of an hour on one thread
+    python benchmarks/peers.py            # both problems and the overhead: half an hour on one thread
     python benchmarks/peers.py --quick    # 64 samples, three columns: under a minute
 
 Protocol: the process is  x = x0 + sigma eps  and the data a Gaussian mixture whose denoiser is a closed form, so that
@@ -15,14 +15,12 @@ A peer's settings are in peer_samplers.py. All peers see the same closed form as
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +29,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import overhead
+import peer_loops
 import peer_samplers
-from peers_figure import Entry, draw, overhead_table, same_name_table, table
+from overhead_measure import write
+from peers_figure import Entry, draw, same_name_table, table
 
 from sdekit import SAMPLERS, GaussianMixture, HeatODE, SolverError, calibrate, ode_sample, sample
 from sdekit.sampling.grids import make_grid
@@ -54,14 +54,6 @@ SAME_NAME = {
     "deis": "diffusers DEIS 3",
     "ipndm": "diffusers IPNDM",  # ours is of order 3, theirs of order 4
 }
-
-DIFFUSERS_STEPS = {  # the pipelines' schedulers, as they come
-    "diffusers DDIM": "DDIMScheduler",
-    "diffusers DPM++ 2M": "DPMSolverMultistepScheduler",
-    "diffusers UniPC": "UniPCMultistepScheduler",
-}
-AZULA_STEPS = {"azula DDIM": ("DDIMSampler", {}), "azula xEAB2": ("xEABSampler", {"order": 2})}
-PEER_LOOPS = (*DIFFUSERS_STEPS, *AZULA_STEPS, "torchdiffeq euler", "torchsde euler")
 
 
 class Counted:
@@ -200,80 +192,14 @@ def measure(problem: Problem, columns: Iterable[int]) -> list[Entry]:
     return [entry for entry in entries if entry is not None] + adaptive(problem)
 
 
-def scheduler_loop(scheduler: Any, d: Tensor, steps: int) -> Callable[[], object]:
-    """The steps of a diffusers scheduler whose network is free."""
-
-    def loop() -> Tensor:
-        scheduler.set_timesteps(steps)
-        y = d
-        for t in scheduler.timesteps:
-            y = scheduler.step(d, t, y, return_dict=False)[0]
-        return y
-
-    return loop
-
-
-def azula_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
-    """A whole run, coefficients included. Its DDIM draws the noise that it then multiplies by zero."""
-    from azula.noise import VPSchedule
-
-    kind, settings = AZULA_STEPS[name]
-    times = torch.linspace(1, 0, steps + 1)
-    sampler = peer_samplers.azula_sampler(kind, lambda x, t: d, VPSchedule(), times, **settings)
-    return lambda: sampler(d)
-
-
-def torchdiffeq_loop(d: Tensor, steps: int) -> Callable[[], object]:
-    import torchdiffeq
-
-    times = torch.linspace(0, 1, steps + 1)
-    return lambda: torchdiffeq.odeint(lambda t, y: d, d, times, method="euler")
-
-
-def torchsde_loop(d: Tensor, steps: int) -> Callable[[], object]:
-    import torchsde
-
-    flat = d.reshape(len(d), -1)
-    system = torchsde.SDEIto("diagonal")
-    system.f, system.g = (lambda t, y: flat), (lambda t, y: flat)
-    return lambda: torchsde.sdeint(system, flat, torch.tensor([0.0, 1.0]), method="euler", dt=1 / steps)
-
-
-def peer_loop(name: str, d: Tensor, steps: int) -> Callable[[], object]:
-    """The loop of a row of PEER_LOOPS."""
-    if name.startswith("diffusers"):
-        import diffusers
-
-        return scheduler_loop(getattr(diffusers, DIFFUSERS_STEPS[name])(), d, steps)
-    if name.startswith("azula"):
-        return azula_loop(name, d, steps)
-    return (torchsde_loop if name.startswith("torchsde") else torchdiffeq_loop)(d, steps)
-
-
-@torch.no_grad()
-def overhead_rows(turns: int, quick: bool) -> list[dict[str, Any]]:
-    """The cost of an evaluation beside the network, as ratios to overhead.py's bare loop."""
-    rows = [row._replace(name=f"sdekit {row.name}") for row in overhead.rows()]
-    for name in PEER_LOOPS:
-        if peer_samplers.available(name.split()[0]):
-            noisy = name.startswith("torchsde")
-            rows.append(overhead.Loop(name, lambda n, noisy=noisy: (n, n * noisy), partial(peer_loop, name)))
-    return [overhead.measure(row, turns, shorter=10 if quick else 1) for row in rows]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices=(*SIZES, "both"), default="both")
     parser.add_argument("--nfe", type=int, nargs="+", help=f"columns (default {' '.join(map(str, COLUMNS))})")
     parser.add_argument("--quick", action="store_true", help="64 samples, columns 5 10 20, few turns of the overhead")
-    parser.add_argument("--no-overhead", action="store_true")
+    overheads = parser.add_mutually_exclusive_group()
+    overheads.add_argument("--no-overhead", action="store_true")
+    overheads.add_argument("--only-overhead", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     options = parser.parse_args(arguments)
     options.nfe = sorted(set(options.nfe or ((5, 10, 20) if options.quick else COLUMNS)))
@@ -282,11 +208,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    print("\n".join([*peer_samplers.missing(), peer_samplers.EXCLUDED, ""]))
+def errors(options: argparse.Namespace) -> None:
     written: list[Entry] = []
     for name in SIZES if options.problem == "both" else (options.problem,):
         problem = make_problem(name, 64 if options.quick else SIZES[name])
@@ -300,9 +222,18 @@ def main(arguments: list[str] | None = None) -> None:
         draw(options.out / f"peers_{name}.png", name, len(problem.start), entries)
         written += entries
     write(options.out / "peers.csv", [asdict(entry) for entry in written])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print("\n".join([*peer_samplers.missing(), peer_samplers.EXCLUDED, ""]))
+    if not options.only_overhead:
+        errors(options)
     if not options.no_overhead:
-        rows = overhead_rows(turns=2 if options.quick else 7, quick=options.quick)
-        print(overhead_table(rows))
+        rows = peer_loops.overhead_rows(turns=2 if options.quick else 7, quick=options.quick)
+        print(overhead.table(rows, peer_loops.COLUMNS))
         write(options.out / "peers_overhead.csv", rows)
 
 

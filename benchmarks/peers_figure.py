@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -121,18 +120,6 @@ def same_name_table(
             cells = ["" if math.isnan(r) else f"**{r:.3f}**" if r > WORSE else f"{r:.3f}" for r in ratios]
             lines.append(f"| {mine} / {peer} | {grid} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"bold: more than {WORSE:g}; our ipndm is of order 3, diffusers' IPNDM of order 4"])
-
-
-def overhead_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; also of the CSV's rows, whose values are text."""
-    columns = [key for key in rows[0] if key.split(" (")[0] in ("ratio", "set-up", "sums alone")]
-    lines = ["| sampler | evaluations a step | draws an evaluation | " + " | ".join(columns) + " |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
-    for row in rows:
-        found = ["" if row[key] == "" else f"{float(row[key]):.{0 if key[:3] == 'set' else 2}f}" for key in columns]
-        cells = [row["sampler"], row["evaluations a step"], row["draws an evaluation"], *found]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
 
 
 def curve(row: list[Entry]) -> tuple[list[int], list[float]]:

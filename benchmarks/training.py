@@ -13,6 +13,7 @@ one of the two and nothing else, less what the imports take.
 
 import argparse
 import copy
+import csv
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ PROBLEMS: dict[str, tuple[dict, tuple[int, ...], int]] = {
     "8x8, batch 64": ({"width": 32, "multipliers": (1, 2)}, (1, 8, 8), 64),
     "28x28, batch 16": ({"width": 16, "multipliers": (1, 2, 4)}, (1, 28, 28), 16),
 }
+COLUMNS = ("problem", "trainer / bare", "trainer / bare without average and clipping", "MB, trainer", "MB, bare")
 
 
 def make(problem: str) -> tuple[nn.Module, Tensor, int]:
@@ -104,9 +106,30 @@ def peak() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
+def measure(problem: str, turns: int) -> dict[str, object]:
+    """The row of a problem: ratios to both bare loops, and peak megabytes."""
+    runs = {name: build_loop(problem) for name, build_loop in LOOPS.items()}
+    for run in runs.values():
+        run(2)
+    taken = [{name: seconds(run, 20) for name, run in runs.items()} for _ in range(turns)]
+    ratios = [round(statistics.median(t["trainer"] / t[name] for t in taken), 3) for name in list(LOOPS)[:2]]
+    used = [round(memory(problem, name)) for name in ("trainer", "bare loop")]
+    return dict(zip(COLUMNS, [problem, *ratios, *used], strict=True))
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; also of the CSV's rows, whose values are text."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        ratios = [f"{float(row[name]):.3f}" for name in COLUMNS[1:3]]
+        lines.append("| " + " | ".join([row[COLUMNS[0]], *ratios, *(str(row[name]) for name in COLUMNS[3:])]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     parser.add_argument("--memory-of", choices=LOOPS, help=argparse.SUPPRESS)
     parser.add_argument("--problem", choices=PROBLEMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -116,16 +139,13 @@ def main() -> None:
         LOOPS[options.memory_of](options.problem)(10)
         print(peak() - before)
         return
-    print(f"torch {torch.__version__}, one thread, {options.turns} turns\n")
-    print("| | trainer / bare | / without average, clipping | MB, trainer | MB, bare |\n|---|---|---|---|---|")
-    for problem in PROBLEMS:
-        runs = {name: build_loop(problem) for name, build_loop in LOOPS.items()}
-        for run in runs.values():
-            run(2)
-        turns = [{name: seconds(run, 20) for name, run in runs.items()} for _ in range(options.turns)]
-        ratios = [statistics.median(t["trainer"] / t[name] for t in turns) for name in list(LOOPS)[:2]]
-        used = [memory(problem, name) for name in ("trainer", "bare loop")]
-        print(f"| {problem} | {ratios[0]:.3f} | {ratios[1]:.3f} | {used[0]:.0f} | {used[1]:.0f} |", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = [measure(problem, options.turns) for problem in PROBLEMS]
+    print(f"torch {torch.__version__}, one thread, {options.turns} turns\n\n{table(rows)}")
+    with open(options.out / "training.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import adaptive as adaptive_benchmark
 import order
+import peer_loops
 import peer_samplers
 import peers
 
@@ -242,17 +243,23 @@ def test_the_peers_denoiser_is_the_oracles():
     assert (counted.calls, counted.rows) == (1, 3)
 
 
-def test_overhead_of_a_peer(monkeypatch):
+def test_overhead_of_a_peer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers.overhead, "SHAPES", ((1, 4),))
     monkeypatch.setattr(peers.overhead, "SAMPLERS", {"ddim": SAMPLERS["ddim"]})
     loops = ["torchdiffeq euler", "torchsde euler"]
-    loops += [name for name in peers.AZULA_STEPS if peer_samplers.available("azula")]
-    monkeypatch.setattr(peers, "PEER_LOOPS", loops)
+    loops += [name for name in peer_loops.AZULA_STEPS if peer_samplers.available("azula")]
+    monkeypatch.setattr(peer_loops, "PEER_LOOPS", loops)
     with torch.random.fork_rng(devices=[]):  # azula's DDIM draws
-        rows = peers.overhead_rows(turns=1, quick=True)
+        peers.main(["--quick", "--only-overhead", "--out", str(tmp_path)])
+    assert not (tmp_path / "peers.csv").exists()
+    rows = list(csv.DictReader((tmp_path / "peers_overhead.csv").open(encoding="utf-8")))
     assert [row["sampler"] for row in rows] == ["sdekit ddim", *loops]
-    assert all(math.isfinite(row["ratio (1, 4)"]) for row in rows)  # a difference of times: its sign is the machine's
-    assert "| torchsde euler | 1 | 1.0 | " in peers.overhead_table(rows)
+    for row in rows:  # a difference of times: its sign is the machine's
+        assert math.isfinite(float(row["worst (1, 4)"]))
+        assert bool(row["eps (1, 4)"]) == (row["sampler"] == "sdekit ddim")
+    printed = capsys.readouterr().out
+    assert "| draws an evaluation | eps (1, 4) | worst (1, 4) | sums alone (1, 4) |\n" in printed
+    assert "| torchsde euler | 1 | 1.0 |  | " in printed
 
 
 def test_evaluations_at_an_error_are_read_off_the_curve():

@@ -1,18 +1,136 @@
-"""The README shows real code, and the examples run."""
+"""What the pages show runs: the starts, the commands, the examples, the links; and the README stays short."""
 
 import ast
-import csv
+import functools
 import os
 import re
-import statistics
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import sdekit
+from sdekit import VPSDE, cli, training
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "benchmarks/README.md", "benchmarks/CHOOSING.md", "examples/README.md")
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXT["README.md"]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT[page], re.S | re.M)
+
+
+def test_the_readme_is_short_and_has_both_commands():
+    assert len(README.splitlines()) <= 200
+    for marker, end in (("main job", "benchmarks/nfe_vs_fid.py"), ("ci:tests", "-m pytest -n 2")):
+        command = re.search(rf"<!-- {marker} -->\n```bash\n(.*)\n```", README)
+        assert command is not None, marker
+        assert command[1].endswith(end)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """The starts' work in a temporary folder, with few noises and few training steps."""
+    few = functools.partial(sdekit.calibrate, noises=4, iterations=2, batch=4)
+    train = training.train
+    monkeypatch.setattr(sdekit, "calibrate", few)
+    monkeypatch.setattr(training, "train", lambda *args, **options: train(*args, **{**options, "steps": 2}))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_starts_run(quick, capsys):
+    """All code of the README and of CHOOSING.md, in order, with an eps-network that is exact for N(0, 0.25)."""
+    calls, sde = [0], VPSDE()
+
+    def network(x, t):
+        calls[0] += 1
+        alpha, sigma = (k(t).reshape(-1, 1, 1, 1) for k in (sde.alpha, sde.sigma))
+        return sigma * x / (alpha**2 / 4 + sigma**2)
+
+    def unet(x, t):
+        assert t.dtype == torch.int64
+        return SimpleNamespace(sample=0.1 * x)
+
+    def velocity(x, t):
+        assert 0.9 < float(t.max()) <= 1000
+        return 0.1 * x
+
+    names = {"network": network, "unet": unet, "velocity": velocity, "shape": (4, 3, 8, 8)}
+    starts = blocks("README.md", "python")
+    assert len(starts) == 6
+    for code in starts:
+        exec(code, names)
+    assert names["x"].std() == pytest.approx(1.04**0.5, abs=0.03)  # the last x is the new process's and rule's
+    assert names["bits"].shape == (16,)
+    assert (names["low"] <= names["high"]).all()
+    assert names["between"].shape == (3, 8, 3, 32, 32)
+    assert calls[0] > 0
+    assert Path("six.json").is_file()
+    assert training.load_checkpoint("digits.safetensors")[1].event == (1, 8, 8)
+    (compare,) = blocks("benchmarks/CHOOSING.md", "python")
+    exec("from sdekit import ode_sample, sample\n" + compare, names)
+    errors = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert all(error < 0.1 for error in errors)
+
+
+def test_the_first_start_draws_its_law():
+    """Each of its lines, for numbers of N(0, 0.25) instead of images; ten evaluations err by a tenth there."""
+    sde = VPSDE()
+
+    def network(x, t):
+        return x * (sde.sigma(t) / (sde.alpha(t) ** 2 / 4 + sde.sigma(t) ** 2))[:, None]
+
+    names = {**vars(sdekit), "sde": sde, "score": sdekit.as_score(network, sde, predicts="eps")}
+    lines = re.findall(r"^x = (.*\))  #", blocks("README.md", "python")[0], re.M)
+    assert len(lines) == 3
+    for line in lines:
+        x = eval(line.replace("(16, 3, 32, 32)", "(3000, 1)"), names)
+        assert x.std() == pytest.approx(0.5, abs=0.06), line
+
+
+def test_command_lines_are_understood(monkeypatch):
+    ran = []
+    for name, (_, flags, text) in list(cli.COMMANDS.items()):
+        monkeypatch.setitem(cli.COMMANDS, name, (lambda options: ran.append(options.command), flags, text))
+    for page in PAGES:
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("sdekit ")]
+        for line in lines:
+            cli.main(shlex.split(line, comments=True)[1:])
+        for script in re.findall(r"python (\w+/\w+\.py)", TEXT[page]):
+            assert (ROOT / script).is_file(), script
+    assert {"train", "sample", "nll"} <= set(ran)
+
+
+def anchors(text):
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_what_is_linked_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT[page]):
+            path, _, anchor = target.partition("#")
+            assert (ROOT / page).parent.joinpath(path).exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(TEXT[page]), f"{page}: {target}"
+
+
+def test_every_room_has_its_line():
+    rooms = [p.parent.name for p in sorted((ROOT / "sdekit").glob("*/__init__.py"))]
+    assert rooms
+    for room in [f"sdekit/{name}" for name in rooms] + ["sdekit/cli.py", "sdekit/pretrained.py"]:
+        assert re.search(rf"^\| \[[\w.]+\]\({room}\) \|", README, re.M), f"{room} is missing in 'What is where'"
+
+
+def test_every_example_is_in_the_gallery():
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"]({example.name})" in TEXT["examples/README.md"], example.name
 
 
 def definition(path, name):
@@ -23,152 +141,14 @@ def definition(path, name):
     return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
 
 
-@pytest.mark.parametrize(("path", "name"), re.findall(r"<!-- code:([^:\s]+)(?::(\w+))? -->", README))
-def test_code_shown_is_the_code(path, name):
-    shown = re.search(
-        rf"<!-- code:{re.escape(path)}{':' + name if name else ''} -->\n```python\n(.*?)\n```", README, re.S
-    )
-    real = definition(path, name) if name else (ROOT / path).read_text(encoding="utf-8").rstrip("\n")
-    assert shown is not None, "no code block follows the marker"
-    assert shown.group(1) == real
-
-
 def test_small_things_are_small():
     """A process in two one-line methods, Euler-Maruyama in at most ten lines."""
     node = ast.parse(definition("sdekit/solvers/steppers/drift.py", "euler_maruyama")).body[0]
     assert node.end_lineno - node.lineno + 1 <= 10
-    process = ast.parse(definition("examples/extend.py", "CosineVP")).body[0]
+    process = ast.parse(definition("examples/extend.py", "Cosine")).body[0]
     methods = [n for n in process.body if isinstance(n, ast.FunctionDef)]
     assert [m.name for m in methods] == ["alpha", "sigma"]
     assert all(len(m.body) == 1 for m in methods)
-
-
-def shown(name):
-    """The rows of a table of the README, as lists of cells, and its header's."""
-    lines = re.search(rf"<!-- table:{name} -->\n\n((?:\|.*\n)+)", README)
-    assert lines is not None, "no table follows the marker"
-    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines[1].splitlines())
-    return header, rows
-
-
-def results(name):
-    return list(csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open(encoding="utf-8")))
-
-
-def test_the_table_of_distances_is_the_results():
-    """Every number of a table in the README stands in the CSV that the benchmark wrote, here and below."""
-    rows = results("nfe_vs_fid_digits")
-    _, table = shown("nfe_vs_fid_digits")
-    assert len(table) >= 8  # of the many rows of the CSV the table may leave some out
-    for label, *values in table:
-        means = {}
-        for row in rows:
-            if row["sampler"] == ("real" if label.startswith("real") else label):
-                means.setdefault(int(row["budget"]), []).append(float(row["distance"]))
-        expected = [f"{statistics.mean(v):.3g} ± {statistics.stdev(v):.2g}" for _, v in sorted(means.items())]
-        assert [v for v in values if v] == expected, label
-
-
-def test_what_is_said_of_twelve_seeds_is_the_results():
-    by_row = {}
-    for row in results("nfe_vs_fid_digits_12_seeds"):
-        if row["budget"] == "5":
-            by_row.setdefault(row["sampler"], []).append(float(row["distance"]))
-    fixed = min((by_row["flow_3m"], by_row["v_3m"]), key=statistics.mean)
-    assert len(fixed) == 12
-    times = statistics.mean(by_row["calibrated"]) / statistics.mean(fixed)
-    common = statistics.correlation(by_row["calibrated"], fixed)
-    assert f"{times:.2f} times the distance of the best fixed row, with a correlation of {common:.2f}. " in README
-
-
-def test_what_is_said_of_a_model_trained_anew_is_the_results():
-    found = []
-    for name in ("nfe_vs_fid_digits_trained", "nfe_vs_fid_digits"):
-        means = {}
-        for row in results(name):
-            if row["sampler"] == "unipc_2":
-                means.setdefault(int(row["budget"]), []).append(float(row["distance"]))
-        assert sorted(means) == [5, 6, 10, 20]
-        found.append(" / ".join(f"{statistics.mean(v):.3g}" for _, v in sorted(means.items())))
-    assert f"{found[0]}, the bundled one's are {found[1]}" in README
-
-
-def test_the_table_of_overheads_is_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from peers_figure import overhead_table
-
-    lines = re.search(r"<!-- table:peers_overhead -->\n\n((?:\|.*\n)+)", README)
-    printed = overhead_table(results("peers_overhead")).splitlines()
-    assert lines[1].splitlines() == printed
-    assert len(printed) >= 20
-
-
-def test_the_table_of_peers_is_the_results():
-    rows = [row for row in results("peers") if row["problem"] == "digits64" and row["budget"] != "0"]
-    header, table = shown("peers")
-    sides = {
-        "best of the peers": ("peers",),
-        "best of the peers, on our grids too": ("peers", "peers on our grids"),
-        "sdekit, best on fixed grids": ("ours",),
-        "sdekit, calibrated": ("calibrated",),
-    }
-    assert set(sides) <= {label for label, *_ in table}
-    for label, *values in table:
-        sampler, _, grid = label.removeprefix("sdekit ").partition(", ")
-        for budget, value in zip(header[1:], values, strict=True):
-            mine = [r for r in rows if r["budget"] == budget]
-            if label in sides:
-                mine = [r for r in mine if r["side"] in sides[label]]
-            else:
-                mine = [r for r in mine if (r["sampler"], r["grid"]) == (sampler, grid)]
-            errors = [float(r["error"]) for r in mine if r["error"] != "nan"]
-            assert value == (f"{min(errors):.3g}" if errors else ""), (label, budget)
-    least = {label: [float(value) for value in values if value] for label, *values in table}
-    best = least["sdekit flow_unipc_3, vp_quadratic"]  # of all fixed rows, and of the peers' whoever has the grid
-    assert best == least["sdekit, best on fixed grids"]
-    assert all(a < b for a, b in zip(best, least["best of the peers, on our grids too"], strict=True))
-    distances = {label: values for label, *values in shown("nfe_vs_fid_digits")[1]}
-    harmed, plain = ([float(v.split()[0]) for v in distances[name][:2]] for name in ("flow_unipc_3", "flow_3m"))
-    assert all(a > 1.5 * b for a, b in zip(harmed, plain, strict=True))  # at five and six evaluations
-
-
-def test_the_table_of_adaptive_methods_is_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import adaptive
-    from peers_figure import Entry
-
-    numbers = {"budget": int, "nfe": int, "nfe_per_sample": float, "error": float}
-    entries = [Entry(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in results("adaptive")]
-    printed = adaptive.table(adaptive.curves(entries)).splitlines()
-    lines = re.search(r"<!-- table:adaptive -->\n\n((?:\|.*\n)+)", README)
-    assert lines[1].splitlines() == printed
-
-
-def test_the_table_of_likelihoods_is_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import likelihood
-
-    numbers = ("tolerance", "evaluations", "mean", "max")
-    rows = [{k: float(v) if k in numbers else v for k, v in row.items()} for row in results("likelihood")]
-    lines = re.search(r"<!-- table:likelihood -->\n\n((?:\|.*\n)+)", README)
-    assert lines[1].splitlines() == likelihood.table(rows).splitlines()
-
-
-def test_the_table_of_bits_is_the_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import bits_per_dim
-
-    lines = re.search(r"<!-- table:bits_per_dim -->\n\n((?:\|.*\n)+)", README)
-    assert lines[1].splitlines() == bits_per_dim.table(results("bits_per_dim")).splitlines()
-    by_bound = {(row["process"], row["bound"]): float(row["held out"]) for row in results("bits_per_dim")}
-    for process in ("VP", "sub-VP"):
-        flow, continuous, chain = (by_bound[process, b] for b in ("flow", "continuous bound", "chain of 100"))
-        assert flow < continuous < chain < 4.09  # what the README says of them
-
-
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
 
 
 # What each example prints of a quantity with a known value, and how near it must be.
