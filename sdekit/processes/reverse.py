@@ -68,7 +68,7 @@ class Reverse(System):
 
         def make() -> dict[Hashable, Any]:
             if bool((self.levels(visits).alpha == 0).any()):
-                self._require_signal()
+                self._require_signal(visits)
             return {}
 
         def watch(times: Tensor) -> list[Tensor]:
@@ -81,15 +81,18 @@ class Reverse(System):
         self._kept = kept(sde, key, make, lambda _: visits, watch)
         model.prepare((), x)  # what does not fit x says so before the first step
 
-    def _require_signal(self) -> None:
-        """Raise ValueError for a model that says nothing where alpha = 0."""
-        model, T = self.model.model, torch.tensor([self.sde.T], dtype=torch.float64)
+    def _require_signal(self, visits: Tensor | None = None) -> None:
+        """Raise ValueError for a model that says nothing where alpha = 0, or what cannot be carried over to there."""
+        model, sde = self.model.model, self.sde
         if model.predicts in BLIND:
-            raise ValueError(zero_signal(self.sde, model.predicts))
-        if model.sde is not self.sde and float(self.said(self.levels(T)).n.isfinite()) == 0:
+            raise ValueError(zero_signal(sde, model.predicts))
+        if visits is None or model.sde is sde:
+            return
+        theirs, ours = ((p.alpha(visits), p.sigma(visits)) for p in (model.sde, sde))
+        if not all(map(torch.equal, theirs, ours)):
             raise ValueError(
-                f"the model was wrapped for another {type(model.sde).__name__} than {type(self.sde).__name__} is, and "
-                "where alpha = 0 its prediction cannot be carried over: wrap it for this process (as_score)"
+                f"the model was wrapped for another process, {type(model.sde).__name__}, than {type(sde).__name__} is, "
+                "and where alpha = 0 its prediction cannot be carried over: wrap it for this one (as_score)"
             )
 
     def keep(self, key: Hashable, make: Callable[[], V]) -> V:

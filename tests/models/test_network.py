@@ -13,7 +13,9 @@ from torch import nn
 from sdekit import (
     SDE,
     VPSDE,
+    CosineVP,
     GaussianMixture,
+    RectifiedFlow,
     as_score,
     calibrate,
     encode,
@@ -315,3 +317,22 @@ def test_a_model_of_another_process_keeps_its_score():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     same = as_score(lambda x, t: 0.3 * x, VPSDE(), "x0")
     assert torch.equal(sample(fast, same, x.shape, nfe=7, x_T=x), sample(fast, score, x.shape, nfe=7, x_T=x))
+
+
+def test_what_was_wrapped_for_another_process_is_not_carried_over_to_alpha_0():
+    """Where both have signal its score is used; where one has none there is no score to use."""
+    one, other, x = RectifiedFlow(1.0), RectifiedFlow(3.0), torch.ones(2, 3)
+    for sde, score in (
+        (other, as_score(lambda x, t: 0.3 * x, one, "v")),
+        (CosineVP(), as_score(lambda x, t: 0.3 * x, one, "flow")),
+        (one, as_score(lambda x, t: 0.3 * x, VPSDE(), "v")),
+    ):
+        for run in (
+            lambda sde=sde, s=score: sample(sde, s, x.shape, "ddim", nfe=5, seed=0),
+            lambda sde=sde, s=score: ode_sample(sde, s, x.shape, seed=0),
+            lambda sde=sde, s=score: log_likelihood(sde, s, x),
+        ):
+            with pytest.raises(ValueError, match=r"wrapped for another process.*wrap it for this one \(as_score\)"):
+                run()
+    same = as_score(lambda x, t: 0.3 * x, RectifiedFlow(3.0), "v")
+    assert torch.isfinite(sample(other, same, x.shape, nfe=5, seed=0)).all()
