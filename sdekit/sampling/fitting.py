@@ -54,7 +54,7 @@ class FittedTable:
     def __init__(
         self, sde: SDE, score: Score, sampler: str, grid: str, times: Tensor, slack: float, remake: bool = False
     ) -> None:
-        self.sde, self.score, self.sampler, self.grid, self.remake = sde, score, sampler, grid, remake
+        self.sde, self.sampler, self.grid, self.remake = sde, sampler, grid, remake
         self.base, self.system = SAMPLERS[sampler].rule.table, Reverse(sde, score, 0.0)
         first, last = float(first_level(sde)), float(sde.half_log_snr(sde.t_min))
         self.first, self.range, n = first, last - first, len(times)
