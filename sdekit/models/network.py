@@ -91,14 +91,21 @@ class NetworkScore:
         return expand(a, x) * self.output(x, time) + expand(b, x) * x
 
     def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
-        """What the network's clock says of the times of a loop: numbers, or (B,) where only a batch of them can tell.
+        """What the network's clock says of the times of a loop, asked for all at once: numbers where it can tell by
+        itself what they are for a batch, else tensors (B, ...).
 
         Raises ValueError for conditions that do not fit x's batch.
         """
         self._conditions(x)
-        if self._time is None:
+        if self._time is None or not times:
             return times
-        return [self._clock(t, x) for t in torch.tensor(times, dtype=torch.float64).unbind()]
+        grid = torch.tensor(times, dtype=torch.float64)
+        clocks = self._time(grid.clone())
+        if not isinstance(clocks, Tensor) or clocks.shape[:1] != grid.shape:
+            return [self._clock(t, x) for t in grid.unbind()]
+        if clocks.ndim == 1 and clocks.is_floating_point():
+            return clocks.tolist()
+        return [self._spread(clock, x) for clock in clocks.split(1)]
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What the network itself says, a ``predicts`` like x, at x (B, *event) and time (0-d or (B,)), float64."""
@@ -127,7 +134,10 @@ class NetworkScore:
 
     def _clock(self, time: Tensor, x: Tensor) -> Tensor:
         clock = time.expand(x.shape[0] if time.ndim or time.device == x.device else 1)
-        clock = clock if self._time is None else self._time(clock)
+        return self._spread(clock if self._time is None else self._time(clock), x)
+
+    def _spread(self, clock: Tensor, x: Tensor) -> Tensor:
+        """One time, or one for each sample, as the network gets it."""
         dtype = self._wide(x) if clock.is_floating_point() else clock.dtype  # whole numbers stay what they are
         if clock.shape == (1,) and clock.device != x.device:  # as a number: a device's host would wait for a copy
             return torch.full((x.shape[0],), clock.item(), dtype=dtype, device=x.device)
@@ -200,9 +210,9 @@ def as_score(
     ``predicts``: what it returns, with x = alpha x_0 + sigma eps: "score", "eps" (score = -eps/sigma),
     "x0", "v" (alpha eps - sigma x_0) or "flow" (``sde.velocity``: alpha' x_0 + sigma' eps; for RectifiedFlow
     eps - x_0 whatever its shift). Solvers work on what it says itself, not on a score made of it.
-    ``time``: the network's own clock, from sde's t (float64, (B,); (1,) on a GPU where all samples share it) to what
-    the network takes; for example ``lambda t: 999 * t`` for a 1000-step DDPM, ``lambda t: t.log() / 4`` for EDM's
-    c_noise. Whole numbers reach the network as such.
+    ``time``: the network's own clock, from sde's t (float64, (n,): the times of the samples or of a whole grid), each
+    by itself, to what the network takes; for example ``lambda t: 999 * t`` for a 1000-step DDPM,
+    ``lambda t: t.log() / 4`` for EDM's c_noise. Whole numbers reach the network as such.
     ``output``: where the prediction is in what the network returns: an attribute ("sample"), a key, an index, or a
     callable; "mean" takes the first C channels of the 2 C that a network with learned variance returns.
     The network gets x in the dtype of its weights (x's own for a plain callable) and t as (B,), in float32

@@ -36,9 +36,10 @@ class BrownianPath(Noise):
     dyadic times are cheap. A time is rounded to 2^-40 of the interval. Memory: for each level that was reached, 4
     arrays of the state's shape in float64.
 
-    Each node is drawn as :class:`Noise` draws, in float64, with its place in the tree for the interval: sample ids[i]
-    has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws that belong to
-    no path, is Noise's; euler_maruyama, milstein, heun, rk4, sra1, adaptive_sra1 and torchsde's methods follow it.
+    Each node is drawn as :class:`Noise` draws, with its place in the tree for the interval, and added up in float64:
+    sample ids[i] has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws
+    that belong to no path, is Noise's; euler_maruyama, milstein, heun, rk4, sra1, adaptive_sra1 and torchsde's methods
+    follow it.
     Arguments as there; ``start`` and ``end`` in either order.
     Raises ValueError for times outside the interval and where start = end.
     """
@@ -51,7 +52,7 @@ class BrownianPath(Noise):
         if not math.isfinite(self._high - self._low) or self._low == self._high:
             raise ValueError(f"start and end must be two finite times, got {start:g} and {end:g}")
         self._all = np.arange(like.shape[0])
-        places = np.arange(len(self._keys) * self._share)[self._rows]
+        places = np.arange(len(self._streams.keys) * self._share)[self._streams.rows]
         self._chunk, self._place = places // self._share, places % self._share
         span = self._high - self._low
         root, zero = self._draw(0, np.zeros_like(self._all), self._all), np.zeros(tuple(like.shape))
@@ -163,9 +164,9 @@ class BrownianPath(Noise):
     def _draw(self, level: int, index: Any, rows: Any) -> Any:
         """Two standard normals for every entry of those samples, (2, b, *event): those of one node each."""
         keys, which = np.unique((self._chunk[rows] << _DEPTH + 1) + index, return_inverse=True)
-        blocks = np.empty((len(keys), self._share, 2, *self._event))  # neighbours at one node share one
-        for block, key in zip(blocks, keys.tolist(), strict=True):
-            self._fill(block, key >> _DEPTH + 1, struct.pack("<qq", level, key % 2 ** (_DEPTH + 1)))
+        places = [(key >> _DEPTH + 1, struct.pack("<qq", level, key % 2 ** (_DEPTH + 1))) for key in keys.tolist()]
+        drawn = self._normals(places, self._share * 2 * self._event.numel())  # neighbours at one node share a chunk
+        blocks = drawn.reshape(len(keys), self._share, 2, *self._event)
         return blocks[which, self._place[rows]].swapaxes(0, 1)
 
 

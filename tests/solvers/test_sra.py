@@ -31,24 +31,26 @@ def path_of(x, sde, kind=BrownianPath, seed=1):
     return kind(x, seed, start=sde.T, end=sde.t_min)
 
 
-@pytest.mark.parametrize(("d", "tol", "bias"), [(1, 0.03, 0.15), (16, 0.006, 0.015)])
-def test_rejection_does_not_change_the_law(d, tol, bias):
+@pytest.mark.parametrize(("d", "tol"), [(1, 0.03), (16, 0.006)])
+def test_rejection_does_not_change_the_law(d, tol):
     """PITFALL 13. Path by path against fixed steps, which never reject: E x^2 is the same to 1 % where steps were
-    rejected; with noise drawn anew it is not. Measured at d = 1: 1.007 against 1.26; at d = 16, where an error is a
-    mean over many numbers and bad luck rarer, 1.0002 against 1.030. (All noise is seeded.)
+    rejected; with noise drawn anew it is not: measured at d = 1, 1.007 against 1.27. (At d = 16, where an error is a
+    mean over many numbers and bad luck rare, noise drawn anew shows nothing within 0.6 %. All noise is seeded.)
     """
     sde, n = VPSDE(), 4000 // d
     x = sde.prior_sample((n, d), seed=0, dtype=torch.float64)
     ends, grid = [sde.T, sde.t_min], torch.linspace(sde.T, sde.t_min, 513, dtype=torch.float64)
     exact = solve(reverse(sde), x, grid, "sra1", noise=path_of(x, sde)).x
-    kept, redrawn = (
-        solve(reverse(sde), x, ends, "adaptive_sra1", rtol=tol, atol=tol, noise=path_of(x, sde, kind))
-        for kind in (BrownianPath, Redrawn)
-    )
+
+    def adaptive(kind):
+        return solve(reverse(sde), x, ends, "adaptive_sra1", rtol=tol, atol=tol, noise=path_of(x, sde, kind))
+
+    kept = adaptive(BrownianPath)
     assert float(kept.rejected.double().mean()) > 0.5
     assert abs(float(kept.x.square().mean() / exact.square().mean()) - 1) < 0.01
     assert float((kept.x - exact).square().mean().sqrt()) < tol
-    assert float(redrawn.x.square().mean() / exact.square().mean()) > 1 + bias
+    if d == 1:
+        assert float(adaptive(Redrawn).x.square().mean() / exact.square().mean()) > 1.15
 
 
 @pytest.mark.parametrize("name", NAMED)
