@@ -1,7 +1,7 @@
 """The tables of CHOOSING.md: aim, budget and model -> sampler, grid, what to expect. Written by pages.py.
 
 What a cell recommends is looked up in the results, by the rules below; no number is set by hand, and no sampler's name
-but SAFE, the row for networks whose own error decides, which the mixtures do not have.
+but SAFE, the library's default.
 """
 
 import math
@@ -10,24 +10,34 @@ from collections.abc import Iterable
 
 import adaptive
 import peers
+from networks import BENCH
+from nfe_vs_error import COLUMNS, best_of
 from nfe_vs_fid import ADAPTIVE
 from nfe_vs_fid_figure import Table
 from page_data import distances, entries, errors, rows
 from peers_figure import Entry
 from tables import markdown
 
-from sdekit import SAMPLERS, VPSDE
+from sdekit import SAMPLERS
 
-SAFE = "unipc_2"  # of order 2, in x_0: nothing is extrapolated far where alpha is small
+SAFE = "unipc_2"  # the default
 PROBLEMS = tuple(peers.SIZES)  # the mixtures
 TOLERANCES, FINE = (1e-2, 1e-3, 1e-4), 1e-5  # the finest for likelihoods alone
 NOISY_SHOWN = 3
+ABOUT = {
+    "eps_linear": "eps, DDPM's linear betas",
+    "eps_scaled_linear": "eps, Stable Diffusion's betas",
+    "v_zero_snr": "v, zero terminal SNR",
+    "flow_shift": "flow, shift 3",
+    "x0_edm": "x0, EDM's preconditioning",
+    "eps_conditional": "eps, with a class",
+}
 NEAR = 1.05  # distances that differ by less do so by chance
 
 
 def named(sampler: str, grid: str | None = None) -> str:
-    """A sampler and its grid: the one given, or that which the library takes for the bundled model's process."""
-    return f"`{sampler}`, {grid or VPSDE.grid or SAMPLERS[sampler].grid}"
+    """A sampler and its grid: the one given, or its own."""
+    return f"`{sampler}`, {grid or SAMPLERS[sampler].grid}"
 
 
 def of_kind(table: Table, *, noise: bool) -> list[str]:
@@ -103,6 +113,18 @@ def samples() -> str:
         "exact score: calibrated", "exact score: best on a fixed grid",
     ]  # fmt: skip
     return markdown(header, lines)
+
+
+def networks() -> str:
+    """What a network predicts x budget -> the row that is truest to it, its error, and that of the default."""
+    found, lines = rows("nfe_vs_error"), []
+    for name, about in BENCH.items():
+        here = [row for row in found if row["problem"] == name and row["side"] == "sdekit"]
+        best = best_of(here, "sdekit")
+        default = {row["nfe"]: row["error"] for row in here if row["sampler"] == SAFE}
+        cells = [f"`{sampler}` {error:.2g}; {default[n]:.2g}" for n, (error, sampler) in sorted(best.items())]
+        lines.append([ABOUT.get(name, about.predicts), *cells])
+    return markdown([f"the network predicts: best row; `{SAFE}`", *map(str, COLUMNS)], lines)
 
 
 def adaptive_curves() -> dict[str, list[Entry]]:

@@ -21,6 +21,7 @@ import bits_per_dim
 import choosing
 import likelihood
 import network_overhead
+import nfe_vs_error
 import nfe_vs_fid
 import overhead
 import overhead_calls
@@ -175,6 +176,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table:peers_overhead": lambda: overhead.table(rows("peers_overhead"), peer_loops.COLUMNS),
     "table:overhead_calls": lambda: overhead_calls.calls_table(rows("overhead_calls")),
     "table:network_overhead": lambda: network_overhead.table(rows("network_overhead")),
+    "table:nfe_vs_error": lambda: nfe_vs_error.summary(rows("nfe_vs_error")),
+    "table:sensitivity": lambda: nfe_vs_error.sensitivity_table(rows("sensitivity")),
+    "table:choosing_networks": choosing.networks,
     "table:choosing_samples": choosing.samples,
     "numbers:choosing_floor": choosing.floor,
     "numbers:choosing_one_row": choosing.one_row,

@@ -41,6 +41,7 @@ from tests import oracle
 SIZES = {"digits64": 512, "grid2": 1024}
 COLUMNS = (5, 6, 8, 10, 12, 15, 20, 30, 50)
 GRIDS = ("karras", "log_snr", "vp_quadratic", "vp_cubic")
+OUR_GRIDS = (*GRIDS, "inner_quadratic", "inner_cubic")  # these begin with a step that is ours
 PEER_GRIDS = GRIDS[:2]
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)  # of adaptive methods, which choose their evaluations themselves
 CALIBRATED_UP_TO = 20  # a grid is worth calibrating where evaluations are few
@@ -186,7 +187,7 @@ def measure(problem: Problem, columns: Iterable[int]) -> list[Entry]:
     names = [name for name, p in peer_samplers.FIXED.items() if peer_samplers.available(p.package)]
     entries: list[Entry | None] = []
     for nfe in columns:  # a peer that is not installed has its line in the output instead
-        entries += [ours(problem, name, grid, nfe) for name in deterministic() for grid in GRIDS]
+        entries += [ours(problem, name, grid, nfe) for name in deterministic() for grid in OUR_GRIDS]
         entries += [peer(problem, name, grid, nfe) for name in names for grid in GRIDS]
         entries.append(calibrated(problem, nfe))
     return [entry for entry in entries if entry is not None] + adaptive(problem)

@@ -217,7 +217,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 def _sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--number", type=int, default=64, help="how many")
-    parser.add_argument("--sampler", default="dpmpp_2m", help="a sampler's name, or a calibration's .json")
+    parser.add_argument("--sampler", default="unipc_2", help="a sampler's name, or a calibration's .json")
     parser.add_argument("--nfe", type=int, default=20, help="network evaluations a sample, at most")
     parser.add_argument("--label", type=int, help="of a model that knows labels")
     parser.add_argument("--seed", type=int, default=0)

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bits_per_dim
 import choosing
+import networks
+import nfe_vs_error
 import nfe_vs_fid
 import page_data
 import pages
@@ -91,7 +93,7 @@ def test_what_is_recommended_follows_the_results(monkeypatch, tmp_path):
     rewrite(tmp_path / "results" / "nfe_vs_fid_digits.csv", network)
     rewrite(tmp_path / "results" / "peers.csv", exact)
     line = {int(cells[1]): cells for cells in (r.split("|") for r in choosing.samples().splitlines()[2:])}
-    assert line[5][3] == " `ddim`, vp_quadratic: 0.001 "
+    assert line[5][3] == " `ddim`, inner_quadratic: 0.001 "
     assert line[6][3].split("`")[1] not in ("ddim", "flow_3m")
     assert line[10][6] == " `euler`, karras: 1e-09 / 1e-09 "
 
@@ -156,15 +158,34 @@ def test_the_table_of_choices_is_the_results():
 # What the pages say in words. A claim that fails after a new run is to be struck from its page, not from here alone.
 
 
-def test_calibrations_and_noise_help_the_network():
+def test_noise_helps_the_network_and_the_corrector_of_order_4_does_not():
     table = distances()
-    quiet, few = choosing.of_kind(table, noise=False), min(table["calibrated"])
-    assert table["calibrated"][few].mean < min(table[name][few].mean for name in quiet if few in table[name])
+    quiet = choosing.of_kind(table, noise=False)
     loud = [entry.mean for name in choosing.of_kind(table, noise=True) for entry in table[name].values()]
     assert min(loud) < min(entry.mean for name in quiet for entry in table[name].values())
-    for n in sorted(table["flow_3m"])[:2]:  # where the correctors of high order do harm
-        assert table["flow_unipc_3"][n].mean > 1.5 * table["flow_3m"][n].mean
-        assert table["unipc_3"][n].mean > table[choosing.SAFE][n].mean
+    for n in sorted(table["flow_3m"])[:2]:
+        assert table["flow_unipc_3"][n].mean > 1.15 * table["flow_3m"][n].mean
+
+
+def test_calibrations_help_formulas_more_than_the_network():
+    for problem in peers.SIZES:
+        found = entries("peers", problem)
+        fitted, fixed = (best_of(found, side) for side in ("calibrated", "ours"))
+        assert all(fitted[n].error < 0.9 * fixed[n].error for n in fitted)
+    table = distances()
+    assert all(table["calibrated"][n].mean < table["flow_3m"][n].mean * 1.2 for n in (5, 6, 10))
+
+
+def test_networks_are_told_of_as_measured():
+    """The README's span of the default to the best of diffusers."""
+    found, ratios = rows("nfe_vs_error"), []
+    for problem in networks.BENCH:
+        here = [row for row in found if row["problem"] == problem]
+        theirs = nfe_vs_error.best_of(here, "diffusers")
+        mine = {row["nfe"]: row["error"] for row in here if (row["side"], row["sampler"]) == ("sdekit", choosing.SAFE)}
+        ratios += [mine[n] / theirs[n][0] for n in theirs]
+    span = f"the default errs {min(ratios):.2f} to {max(ratios):.2f} times".replace("0.", ".")
+    assert span in TEXT["README.md"].replace("\n", " ")
 
 
 def test_the_grid_helps_everybody_and_one_row_is_the_best():

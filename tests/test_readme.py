@@ -88,9 +88,9 @@ def test_the_first_start_draws_its_law():
 
     names = {**vars(sdekit), "sde": sde, "score": sdekit.as_score(network, sde, predicts="eps")}
     lines = re.findall(r"^x = (.*\))  #", blocks("README.md", "python")[0], re.M)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
-        x = eval(line.replace("(16, 3, 32, 32)", "(3000, 1)"), names)
+        x = names["x"] = eval(line.replace("(16, 3, 32, 32)", "(3000, 1)"), names)
         assert x.std() == pytest.approx(0.5, abs=0.06), line
 
 

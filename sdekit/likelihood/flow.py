@@ -12,7 +12,7 @@ from sdekit import _checks
 from sdekit.likelihood.density import Density, Divergence, make_divergence
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
-from sdekit.sampling.fixed import start
+from sdekit.sampling.starts import state
 from sdekit.solvers.adaptive import adaptive
 from sdekit.solvers.frame import moment
 from sdekit.solvers.solution import SolverError
@@ -133,7 +133,7 @@ def sample_with_log_prob(
     _checks.instance(sde)
     with torch.no_grad():
         times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
-        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+        x = state(sde, score, shape, float(times[0]), seed, x_T, device, dtype, ids)
     x = x.detach()
     make = make_divergence(x, divergence, probes, seed, ids)
     with torch.no_grad():

@@ -112,9 +112,18 @@ class Counted:
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
         self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
+        self._told: tuple[Tensor, float, Tensor] | None = None
+
+    def tell(self, x: Tensor, t: float, output: Tensor) -> None:
+        """What to answer if this very x at t is what is asked for next: it is known from an evaluation near by."""
+        self._told = x, t, output
 
     def __call__(self, x: Tensor, moment: Moment) -> Tensor:
         """What the model says, checked, in x's dtype; one evaluation."""
+        if self._told is not None:
+            (at, t, known), self._told = self._told, None
+            if x is at and moment.time.ndim == 0 and float(moment.time) == t:
+                return known
         if self.nfe == self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
         self.nfe += 1

@@ -68,7 +68,7 @@ class Reverse(System):
 
         def make() -> dict[Hashable, Any]:
             if bool((self.levels(visits).alpha == 0).any()):
-                self._require_signal(visits)
+                self.require_signal(visits)
             return {}
 
         def watch(times: Tensor) -> list[Tensor]:
@@ -81,7 +81,7 @@ class Reverse(System):
         self._kept = kept(sde, key, make, lambda _: visits, watch)
         model.prepare((), x)  # what does not fit x says so before the first step
 
-    def _require_signal(self, visits: Tensor | None = None) -> None:
+    def require_signal(self, visits: Tensor | None = None) -> None:
         """Raise ValueError for a model that says nothing where alpha = 0, or what cannot be carried over to there."""
         model, sde = self.model.model, self.sde
         if model.predicts in BLIND:
@@ -161,7 +161,7 @@ class Reverse(System):
         given = time if time.ndim == 0 else batch_time(time, x)
         row, lv = self._row(time)
         if self.model.model.predicts in BLIND and time.device.type == "cpu" and not holds(lv.alpha != 0):
-            self._require_signal()
+            self.require_signal()
         a, b = (expand(y, x) for y in self.score_of(lv))
         alpha, sigma, f, g2, lam, m, n, out, own = (expand(y, x) for y in row)
         return Node(alpha, sigma, f, g2, lam, Kind(m, n), (out, own), Moment(given, None, a, b))
@@ -177,7 +177,7 @@ class Reverse(System):
             )
         }
         if nodes[t].alpha == 0 and self.model.model.predicts in BLIND:
-            self._require_signal()
+            self.require_signal()
         if t in self._visits:
             self._nodes = nodes
         return nodes[t]

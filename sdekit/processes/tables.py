@@ -86,7 +86,8 @@ def _times(table: Tensor) -> Tensor:
 def _table(values: Any, name: str) -> Tensor:
     """A 1-D table of finite numbers, a float64 copy on the CPU."""
     try:
-        table = torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+        table = tensor.detach().to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a 1-D sequence of numbers, got {type(values).__name__}: {error}") from error
     if table.ndim != 1 or len(table) < 2:

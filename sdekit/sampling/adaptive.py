@@ -9,7 +9,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.brownian import BrownianPath
 from sdekit.processes.sde import SDE
-from sdekit.sampling.fixed import start
+from sdekit.sampling.starts import first_time, state
 from sdekit.solvers import backends
 from sdekit.solvers.solution import Callback, SolverError
 from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
@@ -33,8 +33,9 @@ def ode_sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
+    start: float | None = None,
 ) -> Tensor:
-    """Samples of shape (B, *event) by the probability flow from T to t_min, solved adaptively.
+    """Samples of shape (B, *event) by the probability flow from T, or ``start``, to t_min, solved adaptively.
 
     ``method``: "adams" (:class:`sdekit.solvers.adams.Adams`, a multistep method in a frame where the flow's linear
     part is exact, with by far the fewest evaluations: on the digits mixture of benchmarks/adaptive.py an error of 1e-2
@@ -46,9 +47,10 @@ def ode_sample(
     """
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
-    times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
+    first = first_time(sde, start)
+    times = torch.tensor([first, sde.t_min], dtype=torch.float64)
     with graph(differentiable):
-        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
     return flow(
         sde, score, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback,
         differentiable=differentiable,
@@ -81,8 +83,9 @@ def sde_sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
+    start: float | None = None,
 ) -> Tensor:
-    """Samples of shape (B, *event) by the reverse SDE from T to t_min, solved adaptively
+    """Samples of shape (B, *event) by the reverse SDE from T, or ``start``, to t_min, solved adaptively
     (:class:`sdekit.solvers.sra.SRA1`).
 
     Error and step size are each sample's own; steps are taken on a Brownian path that is kept, so that rejecting one
@@ -93,10 +96,11 @@ def sde_sample(
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
     system = sde.reverse(score, churn)
-    times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
+    first = first_time(sde, start)
+    times = torch.tensor([first, sde.t_min], dtype=torch.float64)
     with graph(differentiable):
-        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
-    path = BrownianPath(x, seed, ids, start=sde.T, end=sde.t_min)
+        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
+    path = BrownianPath(x, seed, ids, start=first, end=sde.t_min)
     solution = solve(
         system, x, times, ADAPTIVE_SDE, rtol=rtol, atol=atol, noise=path, denoise=denoise, progress=progress,
         callback=callback, differentiable=differentiable,

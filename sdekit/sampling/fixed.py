@@ -11,7 +11,8 @@ from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.grids import Grid, make_grid
+from sdekit.sampling.grids import INNER_TO_END, Grid, make_grid
+from sdekit.sampling.starts import bridge, first_time, state
 from sdekit.solvers.solution import Callback
 from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
 from sdekit.solvers.steppers import (
@@ -78,27 +79,27 @@ SAMPLERS: dict[str, Sampler] = {
     "heun_sde": Sampler(RULES["heun"], churn=1.0, steps=1000),
     "pc": predictor_corrector(),
     "annealed_langevin": predictor_corrector("none", corrector_steps=2),
-    "dpmpp_2m_sde": Sampler(RULES["dpmpp_2m"], churn=1.0, grid="log_snr"),
-    "dpmpp_3m_sde": Sampler(RULES["dpmpp_3m"], churn=1.0, grid="log_snr"),
-    "sa_solver": Sampler(RULES["unipc_3"], churn=1.0, grid="log_snr"),
+    "dpmpp_2m_sde": Sampler(RULES["dpmpp_2m"], churn=1.0, grid="karras"),
+    "dpmpp_3m_sde": Sampler(RULES["dpmpp_3m"], churn=1.0, grid="karras"),
+    "sa_solver": Sampler(RULES["unipc_3"], churn=1.0, grid="karras"),
     "edm": Sampler(RULES["edm"], grid="karras"),
     "restart": Sampler(RULES["restart"], grid="karras"),
-    "euler": Sampler(euler_maruyama, grid="vp_quadratic"),
-    "heun": Sampler(RULES["heun"], grid="vp_quadratic"),
-    "rk4": Sampler(RULES["rk4"], grid="vp_quadratic"),
-    "ddim": Sampler(RULES["ddim"], grid="vp_quadratic"),
-    "ipndm": Sampler(RULES["ipndm"], grid="vp_cubic"),
-    "deis": Sampler(RULES["deis"], grid="karras"),
-    "dpm_solver_2": Sampler(RULES["dpm_solver_2"], grid="vp_quadratic"),
-    "dpm_solver_3": Sampler(RULES["dpm_solver_3"], grid="vp_quadratic"),
-    "dpmpp_2s": Sampler(RULES["dpmpp_2s"], grid="vp_quadratic"),
-    "dpmpp_2m": Sampler(RULES["dpmpp_2m"], grid="vp_cubic"),
-    "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="vp_cubic"),
-    "unipc_2": Sampler(RULES["unipc_2"], grid="vp_cubic"),
-    "unipc_3": Sampler(RULES["unipc_3"], grid="vp_cubic"),
-    "v_3m": Sampler(RULES["v_3m"], grid="vp_quadratic"),
-    "flow_3m": Sampler(RULES["flow_3m"], grid="vp_quadratic"),
-    "flow_unipc_3": Sampler(RULES["flow_unipc_3"], grid="vp_quadratic"),
+    "euler": Sampler(euler_maruyama, grid="inner_vp_1.5"),
+    "heun": Sampler(RULES["heun"], grid="inner_log_snr"),
+    "rk4": Sampler(RULES["rk4"], grid="inner_log_snr"),
+    "ddim": Sampler(RULES["ddim"], grid="inner_quadratic"),
+    "ipndm": Sampler(RULES["ipndm"], grid="inner_quadratic"),
+    "deis": Sampler(RULES["deis"], grid="inner_karras"),
+    "dpm_solver_2": Sampler(RULES["dpm_solver_2"], grid="inner_log_snr"),
+    "dpm_solver_3": Sampler(RULES["dpm_solver_3"], grid="inner_log_snr"),
+    "dpmpp_2s": Sampler(RULES["dpmpp_2s"], grid="inner_quadratic"),
+    "dpmpp_2m": Sampler(RULES["dpmpp_2m"], grid="inner_cubic"),
+    "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="inner_cubic"),
+    "unipc_2": Sampler(RULES["unipc_2"], grid="inner_cubic"),
+    "unipc_3": Sampler(RULES["unipc_3"], grid="inner_cubic"),
+    "v_3m": Sampler(RULES["v_3m"], grid="inner_quadratic"),
+    "flow_3m": Sampler(RULES["flow_3m"], grid="inner_quadratic"),
+    "flow_unipc_3": Sampler(RULES["flow_unipc_3"], grid="inner_quadratic"),
 }
 
 
@@ -106,7 +107,7 @@ def sample(
     sde: SDE,
     score: Score,
     shape: Sequence[int],
-    sampler: str | Sampler | StepRule | Calibration = "dpmpp_2m",
+    sampler: str | Sampler | StepRule | Calibration = "unipc_2",
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -120,6 +121,7 @@ def sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
+    start: float | None = None,
 ) -> Tensor:
     """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler, a step rule, or what
     :func:`calibrate` made for this model (which has its own steps and grid).
@@ -128,10 +130,15 @@ def sample(
     ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
     network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
-    decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step.
+    decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step. What
+    suits few steps (:func:`sdekit.sampling.grids.inner`) begins below T, where an analytic first step leads
+    (:func:`sdekit.sampling.starts.bridge`), and the denoising is from above t_min.
     ``denoise``: return E[x_0|x] at the last time instead of x.
     ``seed``: fixes everything; sample i is keyed by ids[i] (default i), whatever the batch.
-    ``x_T``: start here instead of at a draw from the prior at the grid's first time.
+    ``x_T``: start here instead of at a draw from the prior. It is at ``start``, a time of the process: T unless given,
+    or the first time of a tensor or a callable's grid. With ``start`` a named grid, or a callable's, is that of the
+    process on [t_min, start]; so an image is edited from half way (SDEdit, Meng et al. 2022):
+    ``sample(sde, score, x.shape, x_T=sde.perturb(x, 0.5), start=0.5)``.
     ``device``, ``dtype``: of the state; x_T's, else the network's device and torch's default dtype.
     ``callback(step, t, x)``: after each step, with a copy of x.
     ``differentiable``: keep the graph, so that the samples have gradients to x_T and to the model's parameters; memory
@@ -150,7 +157,7 @@ def sample(
         if x_T is not None:
             with graph(differentiable):
                 x_T = _checks.state(x_T, "x_T") * sampler.start
-    row = _sampler(sampler)
+    row = as_sampler(sampler)
     system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)
     if steps is not None and nfe is not None:
@@ -162,17 +169,31 @@ def sample(
     elif steps is None and not given:
         steps = row.steps
     steps = None if steps is None else _checks.count(steps, "steps")
-    grid = (sde.grid or row.grid) if grid is None else grid
-    times = make_grid(sde, _before_zero(sde, grid) if given and denoise else grid, steps)
+    top, own = first_time(sde, start), grid is None
+    if grid is None:
+        grid = sde.grid if sde.grid and row.grid == "uniform" else row.grid
+        grid = grid if denoise else INNER_TO_END.get(grid, grid)
+    times = make_grid(sde, _before_zero(sde, grid) if given and denoise else grid, steps, top)
     if nfe is not None and len(times) - 1 > most:
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
+    first = float(times[0])
+    if start is None and not (own or isinstance(grid, str)):
+        top = first
     with graph(differentiable):
-        x = start(sde, score, shape, times, seed, x_T, device, dtype, ids)
+        x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
+        if first < top:
+            system.model.remake = differentiable == "checkpoint"
+            x = bridge(system, x, top, first, row.stochastic)
     noise = Noise(x, seed, ids)
-    return solve(
-        system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
-        differentiable=differentiable,
-    ).x  # fmt: skip
+    try:
+        solution = solve(
+            system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
+            differentiable=differentiable,
+        )  # fmt: skip
+    except ValueError:
+        system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
+        raise
+    return solution.x
 
 
 def _before_zero(sde: SDE, times: Any) -> Any:
@@ -201,6 +222,7 @@ def pc_sample(
     callback: Callback | None = None,
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
+    start: float | None = None,
 ) -> Tensor:
     """Predictor-corrector samples of the reverse SDE, shape (B, *event).
 
@@ -213,11 +235,12 @@ def pc_sample(
     sampler = predictor_corrector(predictor, corrector, corrector_steps, snr)
     return sample(
         sde, score, shape, sampler, steps=steps, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
-        dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable,
+        dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable, start=start,
     )  # fmt: skip
 
 
-def _sampler(sampler: Any) -> Sampler:
+def as_sampler(sampler: Any) -> Sampler:
+    """What a user may call a sampler, as one. Raises ValueError or TypeError for what is none."""
     if isinstance(sampler, Sampler):
         return sampler
     if isinstance(sampler, Calibration):
@@ -237,25 +260,3 @@ def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
         extra = " and the final denoising" if denoise else ""
         raise ValueError(f"nfe must be at least {need}, one step of this sampler{extra}; got {nfe}")
     return (nfe - int(denoise) - rule.extra) // max(1, rule.evaluations)
-
-
-def start(
-    sde: SDE,
-    score: Score,
-    shape: Sequence[int],
-    times: Tensor,
-    seed: int | None,
-    x_T: Tensor | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    ids: Sequence[int] | None,
-) -> Tensor:
-    """Where a sampler starts: x_T, as it is to be, or a draw from the prior at the first time."""
-    size = _checks.event_shape(shape)
-    _checks.floating(dtype)
-    if x_T is None:
-        device = device or getattr(score, "device", None)
-        return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=float(times[0]), ids=ids)
-    if _checks.state(x_T, "x_T").shape != size:
-        raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
-    return x_T.to(device=device, dtype=dtype)

@@ -246,7 +246,7 @@ def test_a_users_rule_is_a_predictor_and_a_sampler():
     row = sample(sde, score, (3,), Sampler(rule, churn=1.0), steps=9, seed=1)
     assert torch.equal(row, sample(sde, score, (3,), "euler_maruyama", steps=9, seed=1))
     flow = sample(sde, score, (3,), rule, steps=9, grid="quadratic", seed=1)
-    assert torch.equal(flow, sample(sde, score, (3,), "euler", steps=9, seed=1))
+    assert torch.equal(flow, sample(sde, score, (3,), "euler", steps=9, grid="quadratic", seed=1))
 
 
 def test_signatures_are_the_contract():

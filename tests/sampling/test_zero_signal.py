@@ -284,9 +284,14 @@ def test_correctors_and_half_precision_from_T():
         x = pc_sample(sde, network(sde, "v"), (4000, 1), steps=100, predictor=predictor, seed=0)
         assert float(x.mean()) == pytest.approx(MEAN, abs=0.05)
         assert float(x.std()) == pytest.approx(STD, abs=0.05)
-    for dtype in (torch.bfloat16, torch.float16):
-        for name in ("dpmpp_2m", "ipndm", "flow_3m", "deis", "ddim", "dpmpp_2m_sde"):
-            x = sample(sde, network(sde, "flow"), (2000, 4), name, steps=20, seed=0, dtype=dtype)
+    for name in ("dpmpp_2m", "ipndm", "flow_3m", "deis", "ddim", "dpmpp_2m_sde"):
+        full, *half = (
+            sample(sde, network(sde, "flow"), (2000, 4), name, steps=20, seed=0, dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
+        assert float(full.mean()) == pytest.approx(MEAN, abs=0.03)
+        assert float(full.std()) == pytest.approx(STD, abs=0.1)  # ddim's and the noisy one's own error in 20 steps
+        for dtype, x in zip((torch.bfloat16, torch.float16), half, strict=True):
             assert x.dtype == dtype
-            assert float(x.float().mean()) == pytest.approx(MEAN, abs=0.03)
-            assert float(x.float().std()) == pytest.approx(STD, abs=0.06)
+            assert float(x.float().mean()) == pytest.approx(float(full.mean()), abs=0.01)
+            assert float(x.float().std()) == pytest.approx(float(full.std()), abs=0.015)

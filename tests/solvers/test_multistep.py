@@ -184,11 +184,13 @@ def test_one_evaluation_a_step_with_corrector_and_start_too():
 @pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if not row.rule.extra])
 def test_few_steps_work_everywhere(name, steps):
     """N = 1, 2, 3, where the start of a rule is also its end; grids of N steps take N steps."""
-    sde, seen = VPSDE(), []
-    x = sample(sde, gaussian_score(sde), (2, 3), name, steps=steps, seed=0, dtype=torch.float64,
-               callback=lambda k, t, x: seen.append(t))  # fmt: skip
-    assert torch.isfinite(x).all()
-    assert len(seen) == steps
+    sde = VPSDE()
+    for denoise in (True, False):
+        seen = []
+        x = sample(sde, gaussian_score(sde), (2, 3), name, steps=steps, seed=0, dtype=torch.float64, denoise=denoise,
+                   callback=lambda k, t, x, seen=seen: seen.append(t))  # fmt: skip
+        assert torch.isfinite(x).all()
+        assert len(seen) == steps
     assert seen[-1] == sde.t_min
 
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdekit import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE, as_score
+from sdekit import VESDE, VPSDE, BetaTable, CosineVP, HeatODE, RectifiedFlow, SigmaTable, SubVPSDE, as_score
 from sdekit.training import checkpoint
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.networks import build
@@ -28,7 +28,16 @@ def rewrite(path, **changes):
 
 @pytest.mark.parametrize(
     "sde",
-    [VPSDE(0.2, 15.0), SubVPSDE(0.3, 12.0), VESDE(0.02, 30.0), HeatODE(T=40.0), RectifiedFlow(3.0), CosineVP(0.01)],
+    [
+        VPSDE(0.2, 15.0),
+        SubVPSDE(0.3, 12.0),
+        VESDE(0.02, 30.0),
+        HeatODE(T=40.0),
+        RectifiedFlow(3.0),
+        CosineVP(0.01),
+        BetaTable(torch.linspace(0.01, 0.3, 30, dtype=torch.float64)),
+        SigmaTable([0.1, 0.7, 3.3]),
+    ],
     ids=lambda sde: type(sde).__name__,
 )
 @pytest.mark.parametrize("predicts", ["eps", "v"])

@@ -1,0 +1,72 @@
+"""Where samples begin: at a draw from the prior or at what the user has, and the way from there to a grid."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.processes.kinds import Kind, express
+from sdekit.processes.reverse import Reverse, combine
+from sdekit.processes.sde import SDE
+from sdekit.system import Score
+
+
+def first_time(sde: SDE, start: float | None) -> float:
+    """T, or the ``start`` that a user gave. Raises ValueError where the process has no such time."""
+    if start is None:
+        return float(sde.T)
+    start = _checks.positive(start, "start")
+    if not sde.t_min < start <= sde.T:
+        raise ValueError(
+            f"start is the time that x_T is at, and must lie in (t_min, T] = ({sde.t_min:g}, {sde.T:g}], got {start:g}"
+        )
+    return start
+
+
+def state(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    t: float,
+    seed: int | None,
+    x_T: Tensor | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    ids: Sequence[int] | None,
+) -> Tensor:
+    """x_T, as it is to be, or a draw from the prior at t."""
+    size = _checks.event_shape(shape)
+    _checks.floating(dtype)
+    if x_T is None:
+        device = device or getattr(score, "device", None)
+        return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=t, ids=ids)
+    if _checks.state(x_T, "x_T").shape != size:
+        raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
+    return x_T.to(device=device, dtype=dtype)
+
+
+def bridge(system: Reverse, x: Tensor, t: float, s: float, noisy: bool = False) -> Tensor:
+    """x at the time s, where a grid begins, from x at t, far above: an analytic first step of the probability flow.
+
+    So high above the data E[x_0|x] hardly depends on x, nor on t. It is evaluated once, at s and there at x with the
+    prior's change of size for data of unit variance, and the flow is exact for what was said:
+
+        x_s = sigma_s/sigma_t x_t + (alpha_s - alpha_t sigma_s/sigma_t) E[x_0|x].
+
+    The same evaluation then serves the first step of the rule. (One at t says the same of x_0, with an error of eps
+    that counts sigma_t/alpha_t times in it.) Before a ``noisy`` sampler, whose x_t is noise like what it draws itself,
+    the change of size is all. Raises ValueError for a model that says nothing where alpha = 0, if that is so at t.
+    """
+    system.prepare([t, s], x)
+    above, below = (system.at(time, x) for time in (t, s))
+    guess = x * (math.hypot(below.alpha, below.sigma) / math.hypot(above.alpha, above.sigma))
+    if noisy:
+        return guess
+    output = system.model(guess, below.time)
+    a, b = express(Kind(1.0, 0.0), below.said, below.alpha, below.sigma)
+    shrunk = below.sigma / above.sigma
+    x_s = combine(shrunk, x, below.alpha - above.alpha * shrunk, combine(b, guess, a, output))
+    system.model.tell(x_s, s, output.add(guess - x_s, alpha=b / a))
+    return x_s
