@@ -23,6 +23,7 @@ import likelihood
 import network_overhead
 import nfe_vs_error
 import nfe_vs_fid
+import noisy_rows
 import overhead
 import overhead_calls
 import peer_loops
@@ -177,6 +178,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table:overhead_calls": lambda: overhead_calls.calls_table(rows("overhead_calls")),
     "table:network_overhead": lambda: network_overhead.table(rows("network_overhead")),
     "table:nfe_vs_error": lambda: nfe_vs_error.summary(rows("nfe_vs_error")),
+    "table:noisy_rows": lambda: noisy_rows.table(rows("noisy_rows")),
     "table:sensitivity": lambda: nfe_vs_error.sensitivity_table(rows("sensitivity")),
     "table:choosing_networks": choosing.networks,
     "table:choosing_samples": choosing.samples,

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import networks
 import nfe_vs_error
+import noisy_rows
 from page_data import rows
 
 from sdekit import SAMPLERS, CosineVP, RectifiedFlow, sample
@@ -103,5 +104,17 @@ def test_every_scheduler_of_diffusers_runs(bench):
             assert math.isfinite(one.theirs(name, 5)), name
 
 
-def test_rows_without_noise_are_all_of_them():
-    assert set(nfe_vs_error.OURS) == {name for name, row in SAMPLERS.items() if not row.stochastic}
+def test_every_row_is_in_one_of_the_tables():
+    assert {*nfe_vs_error.OURS} | {*noisy_rows.OURS} == {*SAMPLERS}
+    assert not {*nfe_vs_error.OURS} & {*noisy_rows.OURS}
+
+
+def test_rows_with_noise_on_networks(tmp_path, capsys, monkeypatch):
+    """One that runs and one that has no first step where there is no signal."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    noisy_rows.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| euler_maruyama | refused |" in printed
+    found = list(csv.DictReader((tmp_path / "noisy_rows.csv").open(encoding="utf-8")))
+    assert [row["sampler"] for row in found] == ["limit", "sa_solver", "euler_maruyama"]
+    assert 0 < float(found[1]["distance"]) < 4

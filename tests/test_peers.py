@@ -70,7 +70,7 @@ def test_the_comparison_end_to_end(few, not_installed, tmp_path, capsys):
     used = {(row["sampler"], row["budget"]): int(row["nfe"]) for row in fixed}
     assert used["dpmpp_2m", "10"] == used["torchdiffeq euler", "10"] == 10
     assert used["heun", "10"] == used["torchdiffeq midpoint", "10"] == 9  # an odd number: two a step, the denoising
-    assert {row["grid"] for row in fixed if row["side"] == "ours"} == set(peers.GRIDS)
+    assert {row["grid"] for row in fixed if row["side"] == "ours"} == set(peers.OUR_GRIDS)
     assert {row["grid"] for row in fixed if row["side"] == "peers"} == set(peers.PEER_GRIDS)
     assert (tmp_path / "peers_grid2.png").stat().st_size > 20_000
 

@@ -103,7 +103,7 @@ class NetworkScore:
         clocks = self._time(grid.clone())
         if not isinstance(clocks, Tensor) or clocks.shape[:1] != grid.shape:
             return [self._clock(t, x) for t in grid.unbind()]
-        if clocks.ndim == 1 and clocks.is_floating_point():
+        if clocks.ndim == 1 and clocks.is_floating_point() and not clocks.requires_grad:
             return clocks.tolist()
         return [self._spread(clock, x) for clock in clocks.split(1)]
 

@@ -93,6 +93,11 @@ def remade(model: Model) -> Callable[..., Tensor]:
     return partial(checkpoint, again, use_reentrant=False)
 
 
+def _version(x: Tensor) -> int:
+    """Another one after every change in place, where that is counted."""
+    return 0 if x.is_inference() else x._version
+
+
 _WINDOW = 64  # evaluations between looks at whether they were finite
 
 
@@ -112,17 +117,17 @@ class Counted:
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
         self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
-        self._told: tuple[Tensor, float, Tensor] | None = None
+        self._told: tuple[Tensor, int, float, Tensor] | None = None
 
     def tell(self, x: Tensor, t: float, output: Tensor) -> None:
         """What to answer if this very x at t is what is asked for next: it is known from an evaluation near by."""
-        self._told = x, t, output
+        self._told = x, _version(x), t, output
 
     def __call__(self, x: Tensor, moment: Moment) -> Tensor:
         """What the model says, checked, in x's dtype; one evaluation."""
         if self._told is not None:
-            (at, t, known), self._told = self._told, None
-            if x is at and moment.time.ndim == 0 and float(moment.time) == t:
+            (at, version, t, known), self._told = self._told, None
+            if x is at and _version(x) == version and moment.time.ndim == 0 and float(moment.time) == t:
                 return known
         if self.nfe == self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")

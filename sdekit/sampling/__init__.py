@@ -6,12 +6,14 @@ from sdekit.sampling.calibration import Calibration, load_calibration
 from sdekit.sampling.encoding import decode, encode, interpolate, round_trip_error, slerp
 from sdekit.sampling.fixed import SAMPLERS, Sampler, pc_sample, sample
 from sdekit.sampling.grids import GRIDS
+from sdekit.sampling.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "GRIDS",
     "SAMPLERS",
     "Calibration",
     "Sampler",
+    "Sensitivity",
     "calibrate",
     "decode",
     "encode",
@@ -22,5 +24,6 @@ __all__ = [
     "round_trip_error",
     "sample",
     "sde_sample",
+    "sensitivity",
     "slerp",
 ]

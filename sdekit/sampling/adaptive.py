@@ -47,7 +47,7 @@ def ode_sample(
     """
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
-    first = first_time(sde, start)
+    first = first_time(sde, start, x_T)
     times = torch.tensor([first, sde.t_min], dtype=torch.float64)
     with graph(differentiable):
         x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
@@ -96,7 +96,7 @@ def sde_sample(
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
     system = sde.reverse(score, churn)
-    first = first_time(sde, start)
+    first = first_time(sde, start, x_T)
     times = torch.tensor([first, sde.t_min], dtype=torch.float64)
     with graph(differentiable):
         x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)

@@ -11,7 +11,7 @@ from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.grids import INNER_TO_END, Grid, make_grid
+from sdekit.sampling.grids import INNER, INNER_TO_END, Grid, make_grid
 from sdekit.sampling.starts import bridge, first_time, state
 from sdekit.solvers.solution import Callback
 from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
@@ -132,7 +132,8 @@ def sample(
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
     decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step. What
     suits few steps (:func:`sdekit.sampling.grids.inner`) begins below T, where an analytic first step leads
-    (:func:`sdekit.sampling.starts.bridge`), and the denoising is from above t_min.
+    (:func:`sdekit.sampling.starts.bridge`), and the denoising is from above t_min; it is for data of about unit size,
+    a named grid such as "karras" is for any.
     ``denoise``: return E[x_0|x] at the last time instead of x.
     ``seed``: fixes everything; sample i is keyed by ids[i] (default i), whatever the batch.
     ``x_T``: start here instead of at a draw from the prior. It is at ``start``, a time of the process: T unless given,
@@ -153,6 +154,8 @@ def sample(
         sampler.check(sde)
         if steps is not None or grid is not None:
             raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
+        if start is not None:
+            raise ValueError("a calibration is of the whole way from T: leave start out, or take a row of SAMPLERS")
         grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
         if x_T is not None:
             with graph(differentiable):
@@ -169,16 +172,19 @@ def sample(
     elif steps is None and not given:
         steps = row.steps
     steps = None if steps is None else _checks.count(steps, "steps")
-    top, own = first_time(sde, start), grid is None
+    top = first_time(sde, start, x_T)
     if grid is None:
         grid = sde.grid if sde.grid and row.grid == "uniform" else row.grid
-        grid = grid if denoise else INNER_TO_END.get(grid, grid)
-    times = make_grid(sde, _before_zero(sde, grid) if given and denoise else grid, steps, top)
+    name = grid if isinstance(grid, str) else ""
+    inner = name in INNER
+    made = INNER_TO_END[name] if inner and not denoise else grid
+    times = make_grid(sde, _before_zero(sde, made) if given and denoise else made, steps, top)
     if nfe is not None and len(times) - 1 > most:
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
     first = float(times[0])
-    if start is None and not (own or isinstance(grid, str)):
-        top = first
+    if start is not None and not inner and top - first > 1e-6 * sde.T:
+        raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
+    top = top if inner else first
     with graph(differentiable):
         x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
         if first < top:

@@ -5,11 +5,10 @@ alpha(T) = 0 or nearly, a grid by noise levels is that from there, with its firs
 uses than such levels, and than the lowest: the "inner" grids leave them out (:func:`inner`).
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +70,8 @@ def vp_cubic(sde: SDE, n: int) -> Tensor:
 
 
 def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[[SDE, int], Tensor]:
-    """That grid between the levels that matter to n steps, r = sigma/alpha from 2 (n + 1) down to min(0.4, 0.8/n^1.5).
+    """That grid between the levels that matter to n steps, r = sigma/alpha from 2 (n + 1) down to min(0.4, 0.8/n^1.5)
+    (and an eighth of a lower first level).
 
     Where the process itself has these: it grows into the whole grid as n grows, VPSDE()'s at 76 steps. For data of
     about unit size; both numbers are the best of those tried on trained networks and closed forms alike.
@@ -82,7 +82,8 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
 
     def grid(sde: SDE, n: int) -> Tensor:
         first, last = _levels(sde)
-        low, high = -math.log(2.0 * (n + 1)), -math.log(min(0.4, 0.8 / n**1.5))
+        low = -math.log(2.0 * (n + 1))
+        high = -math.log(min(0.4, 0.8 / n**1.5, math.exp(-float(first)) / 8))
         if low >= last or high <= first:  # data of another size
             return make(sde, n)
         start = sde.T if first >= low else float(sde.inverse_half_log_snr(first.new_tensor(low)))
@@ -92,11 +93,19 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
     return grid
 
 
+class _Part:
+    """A process on [t_min, T] of its own. alpha and sigma are those of the whole one, and may be functions of its T."""
+
+    def __init__(self, whole: SDE, start: float, end: float) -> None:
+        self.whole, self.T, self.t_min = whole, start, end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+
 def between(sde: SDE, start: float, end: float | None = None) -> SDE:
-    """The process on [end, start] alone, end = t_min unless given."""
-    part = copy.copy(sde)
-    part.T, part.t_min = start, sde.t_min if end is None else end
-    return part
+    """The process on [end, start] alone, for a grid to be made of; end = t_min unless given."""
+    return cast(SDE, _Part(sde, start, sde.t_min if end is None else end))
 
 
 def by_levels(levels: Sequence[float]) -> Callable[[SDE, int], Tensor]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdekit import _checks
 from sdekit.models.network import as_score
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
@@ -44,6 +45,7 @@ def sensitivity(
     """
     if as_sampler(sampler).stochastic:
         raise ValueError(f"sampler must draw no noise, for its x to be a sum of what the model says; got {sampler!r}")
+    nfe = _checks.count(nfe, "nfe")
     units, states = iter(torch.eye(nfe, dtype=torch.float64)), []
 
     def keep(step: int, t: float, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,25 @@ from sdekit.processes.sde import SDE
 from sdekit.system import Score
 
 
-def first_time(sde: SDE, start: float | None) -> float:
-    """T, or the ``start`` that a user gave. Raises ValueError where the process has no such time."""
+def first_time(sde: SDE, start: Any, x_T: Tensor | None) -> float:
+    """T, or the ``start`` that a user gave for x_T. Raises TypeError or ValueError for one that the process has not."""
     if start is None:
         return float(sde.T)
-    start = _checks.positive(start, "start")
+    if isinstance(start, Tensor):
+        if start.ndim:
+            raise ValueError(f"start must be one time for the whole batch, got a tensor of shape {tuple(start.shape)}")
+        start = float(start)
+    if not isinstance(start, int | float):
+        raise TypeError(f"start must be a number, the time that x_T is at, got {start!r}")
+    if sde.T < start <= sde.T * (1 + 1e-6):  # T, as float32 has it
+        start = sde.T
     if not sde.t_min < start <= sde.T:
         raise ValueError(
             f"start is the time that x_T is at, and must lie in (t_min, T] = ({sde.t_min:g}, {sde.T:g}], got {start:g}"
         )
-    return start
+    if x_T is None and start < sde.T:
+        raise ValueError(f"start = {start:g} needs x_T, what is at that time: for example sde.perturb(x, {start:g})")
+    return float(start)
 
 
 def state(

@@ -1,12 +1,14 @@
 """Few steps: the levels that they leave out, the analytic first step to them, what an error of the model then does."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from sdekit import (
     SAMPLERS,
+    SDE,
     VPSDE,
     BrownianPath,
     CosineVP,
@@ -18,6 +20,7 @@ from sdekit import (
     pc_sample,
     sample,
     sde_sample,
+    step_rule,
 )  # fmt: skip
 from sdekit.sampling.grids import INNER, make_grid
 from sdekit.sampling.sensitivity import sensitivity
@@ -203,33 +206,88 @@ def test_adaptive_steps_of_the_sde_start_half_way_too():
     assert BrownianPath(x, 0, start=t, end=sde.t_min).finest > 0
 
 
-def test_a_step_from_where_the_user_says():
-    """An explicit grid below ``start`` is reached by the same first step, instead of being taken for x's own level."""
-    sde = HeatODE()
+def test_a_schedule_that_knows_its_T_is_cut_not_stretched():
+    """And a process that cannot be changed has grids too."""
+
+    @dataclass(frozen=True)
+    class Own(SDE):
+        T: float = 10.0
+
+        def alpha(self, t):
+            return torch.cos(0.4995 * torch.pi * t / self.T)
+
+        def sigma(self, t):
+            return torch.sin(0.4995 * torch.pi * t / self.T)
+
+    sde = Own()
+    roots = torch.tensor([level(sde, t) for t in make_grid(sde, "inner_karras", 5)]) ** (1 / 7)
+    torch.testing.assert_close(roots.diff().diff(), torch.zeros(4), rtol=0, atol=1e-5)
+    assert torch.isfinite(sample(sde, gaussian_score(sde), (2, 2), nfe=5, seed=0)).all()
+
+
+def test_a_low_start_is_not_read_off_early():
+    """From a level of .07 to .3 few steps do no worse than the whole grid does, or what is left of it would be lost."""
+    sde = VPSDE()
+    score = GaussianMixture(*oracle_parts()).score(sde)
+    for r in (0.07, 0.15, 0.3):
+        t = float(sde.inverse_half_log_snr(torch.tensor(-math.log(r), dtype=torch.float64)))
+        x = sde.perturb(torch.full((32, 2), 0.5, dtype=torch.float64), t, seed=0)
+        fine = ode_sample(sde, score, x.shape, x_T=x, start=t, rtol=1e-9, atol=1e-9)
+        errors = [
+            float((sample(sde, score, x.shape, "unipc_2", nfe=6, x_T=x, start=t, grid=grid) - fine).square().mean())
+            for grid in (None, "vp_cubic")
+        ]
+        assert errors[0] < 9 * errors[1], (r, errors)
+
+
+def test_what_was_told_is_of_an_x_that_did_not_change():
+    """A rule that works in place on its x, or asks elsewhere first, gets an evaluation of its own."""
+
+    @step_rule(order=1)
+    def in_place(system, x, t, s, noise, state):
+        x.mul_(1.5)
+        return x + (s - t) * system.drift(x, t), state
+
+    @step_rule(order=1)
+    def out_of_place(system, x, t, s, noise, state):
+        y = 1.5 * x
+        return y + (s - t) * system.drift(y, t), state
+
+    sde = VPSDE()
     score = gaussian_score(sde, 0.5)
-    x = sde.prior_sample((6, 2), seed=0, dtype=torch.float64)
-    grid = make_grid(sde, "karras", 200, 10.0)
-    exact = x * 0.5 / (0.25 + 80.0**2) ** 0.5
-    said, taken = (
-        sample(sde, score, x.shape, "unipc_3", grid=grid, x_T=x, start=start, denoise=False) for start in (80.0, None)
-    )
-    assert float((said - exact).abs().max()) < 0.01
-    assert float((taken - exact).abs().max()) > 1
+    drawn = [
+        sample(sde, score, (3, 2), rule, steps=5, grid="inner_karras", seed=0) for rule in (in_place, out_of_place)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_a_clock_that_is_trained_keeps_its_gradient():
+    sde, w = VPSDE(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    score = as_score(lambda x, t: 0.1 * x * t[:, None], sde, "v", time=lambda t: w * t)
+    x = torch.ones(2, 2, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(sample(sde, score, x.shape, nfe=6, x_T=x, differentiable=True).sum(), w)
+    again = as_score(lambda x, t: 0.1 * x * t[:, None], sde, "v", time=lambda t: (2.0 + 1e-6) * t)
+    plain = as_score(lambda x, t: 0.1 * x * t[:, None], sde, "v", time=lambda t: 2.0 * t)
+    quotient = (sample(sde, again, x.shape, nfe=6, x_T=x) - sample(sde, plain, x.shape, nfe=6, x_T=x)).sum() / 1e-6
+    assert float(slope) == pytest.approx(float(quotient), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"start": 0.0}, "start must be a finite number > 0, got 0.0"),
+        ({"start": 0.0}, r"must lie in \(t_min, T\] = \(1e-05, 1\], got 0"),
         ({"start": 1.5}, r"must lie in \(t_min, T\] = \(1e-05, 1\], got 1.5"),
-        ({"start": "T"}, "start must be"),
+        ({"start": "T"}, "start must be a number"),
+        ({"start": torch.full((2,), 0.5)}, r"one time for the whole batch, got a tensor of shape \(2,\)"),
+        ({"start": 0.3, "x_T": None}, r"start = 0.3 needs x_T, .* sde.perturb\(x, 0.3\)"),
+        ({"start": 0.5, "grid": torch.tensor([0.3, 0.1])}, "grid begins at 0.3, and x_T is at start = 0.5"),
         ({"start": 0.3, "grid": torch.tensor([0.5, 0.1])}, r"grid must lie in \[t_min, start\] = \[1e-05, 0.3\]"),
     ],
 )
 def test_a_start_that_is_none_is_named(kwargs, message):
     sde = VPSDE()
     with pytest.raises((ValueError, TypeError), match=message):
-        sample(sde, gaussian_score(sde), (2, 2), seed=0, **kwargs)
+        sample(sde, gaussian_score(sde), (2, 2), seed=0, **{"x_T": torch.ones(2, 2), **kwargs})
 
 
 def test_a_network_of_eps_is_still_refused_where_there_is_no_signal():
