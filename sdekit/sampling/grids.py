@@ -74,7 +74,7 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
     (and an eighth of a lower first level).
 
     Where the process itself has these: it grows into the whole grid as n grows, VPSDE()'s at 76 steps. For data of
-    about unit size; both numbers are the best of those tried on trained networks and closed forms alike.
+    about unit size; both numbers were chosen on the networks and closed forms of benchmarks/nfe_vs_error.py.
     Above, what a model says of x_0 is one number for all x, and an error of eps counts r times in it: the way from T
     is taken in one go (:func:`sdekit.sampling.starts.bridge`). Below, x_0 is known to within r, and in an evaluation
     at the end of a step an error of x counts 1/r times: E[x_0|x] is taken from there. ``to_end``: down to t_min.

@@ -65,7 +65,8 @@ def bridge(system: Reverse, x: Tensor, t: float, s: float, noisy: bool = False) 
 
         x_s = sigma_s/sigma_t x_t + (alpha_s - alpha_t sigma_s/sigma_t) E[x_0|x].
 
-    The same evaluation then serves the first step of the rule. (One at t says the same of x_0, with an error of eps
+    Derived here; off by the order of 1/r^2 at the level r = sigma_s/alpha_s, which must be far above the data. The same
+    evaluation then serves the first step of the rule. (One at t says the same of x_0, with an error of eps
     that counts sigma_t/alpha_t times in it.) Before a ``noisy`` sampler, whose x_t is noise like what it draws itself,
     the change of size is all. Raises ValueError for a model that says nothing where alpha = 0, if that is so at t.
     """
