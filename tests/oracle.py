@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 from scipy.special import logsumexp, softmax
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
 
 class Mixture:
@@ -42,6 +42,19 @@ class Mixture:
         k = rng.choice(len(self.w), size=n, p=self.w)
         z = rng.standard_normal((n, self.d))
         return self.m[k] + np.einsum("bij,bj->bi", np.linalg.cholesky(self.covs)[k], z)
+
+    def posterior(self, a, seen, std):
+        """Given seen = a x0 + std eps, in the form of precisions (another than sdekit's), and log p(seen)."""
+        a, r = np.asarray(a, float), np.broadcast_to(np.square(std), len(a))
+        means, covs, log_w = [], [], []
+        for w, m, c in zip(self.w, self.m, self.covs, strict=True):
+            precision = np.linalg.inv(c) + a.T @ (a / r[:, None])
+            cov = np.linalg.inv(precision)
+            covs.append((cov + cov.T) / 2)
+            means.append(cov @ (np.linalg.solve(c, m) + a.T @ (seen / r)))
+            log_w.append(math.log(w) + multivariate_normal(a @ m, a @ c @ a.T + np.diag(r)).logpdf(seen))
+        log_w = np.array(log_w)
+        return Mixture(means, covs, softmax(log_w)), float(logsumexp(log_w))
 
     def flow(self, y, s_from, s_to, rtol=1e-9, atol=1e-10):
         """The probability-flow map from level s_from to s_to, by DOP853 in log s."""

@@ -1,7 +1,7 @@
 """GaussianMixture: data with an exact score, density and marginals under any process. The oracle."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,53 @@ class GaussianMixture:
         x = self.means[k] + torch.einsum("bdj,bj->bd", self.eigenvectors[k], self.eigenvalues[k].sqrt() * z[:, 1:])
         return x.to(_checks.floating(dtype) or torch.get_default_dtype())
 
+    def posterior(self, A: Tensor | Callable[[Tensor], Tensor], y: Any, std: Any) -> "GaussianMixture":
+        """p(x_0 | y) for one observation y (d_y,) = A x_0 + std eps: a mixture again, whose score is the exact
+        conditional score at every t.
+
+        With S_k = A C_k A' + std^2 and K_k = C_k A' S_k^-1 its components are
+        N(m_k + K_k (y - A m_k), (I - K_k A) C_k), of weights proportional to w_k N(y; A m_k, S_k)  (Bishop 2006,
+        eq. 2.113-2.117). ``A``: a matrix (d_y, D), or a linear callable of (B, D). ``std``: a number or (d_y,), >= 0;
+        what is known without noise has no variance left: then x can be sampled, and has a score where sigma(t) > 0,
+        and no density. Raises ValueError for shapes that do not fit, an A that is not linear, std < 0, and an S_k that
+        is singular: without noise the rows of A must be independent.
+        """
+        d = self.means.shape[1]
+        a = _matrix(A, d) if callable(A) else _numbers(A)
+        if a.ndim != 2 or a.shape[1] != d or not torch.isfinite(a).all():
+            raise ValueError(f"A must be a finite matrix (d_y, {d}), or a callable of (B, {d}), got {tuple(a.shape)}")
+        seen, r = _numbers(y), _numbers(std)
+        if seen.shape != a.shape[:1] or not torch.isfinite(seen).all():
+            raise ValueError(f"y must be one observation, {len(a)} finite numbers, got shape {tuple(seen.shape)}")
+        if r.ndim > 1 or (r.ndim == 1 and r.shape != seen.shape) or not (torch.isfinite(r) & (r >= 0)).all():
+            raise ValueError(f"std must be a finite number >= 0, or {len(a)} of them, got {r.tolist()}")
+        noise = torch.diag(r.expand(len(a)) ** 2)
+        ca = self.covs @ a.mT
+        s = a @ ca + noise
+        factor, failed = torch.linalg.cholesky_ex(s)
+        scale = s.diagonal(dim1=1, dim2=2).amax(1)
+        if failed.any() or (factor.diagonal(dim1=1, dim2=2).square().amin(1) <= 1e-13 * scale).any():
+            raise ValueError(
+                "A C A' + std^2 is singular: without noise the rows of A must be independent; give std > 0"
+            )
+        off = seen - self.means @ a.mT
+        k = torch.cholesky_solve(ca.mT, factor).mT
+        left = torch.eye(d, dtype=torch.float64) - k @ a
+        ev, u = torch.linalg.eigh(left @ self.covs @ left.mT + k @ noise @ k.mT)  # positive whatever K's rounding
+        z = torch.linalg.solve_triangular(factor, off[..., None], upper=False)[..., 0]
+        log_w = self.weights.log() - 0.5 * z.square().sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        given = GaussianMixture.__new__(GaussianMixture)
+        means = self.means + torch.einsum("kdj,kj->kd", k, off)
+        rounding = 1e-14 * ev.amax(1, keepdim=True)
+        given._set(
+            means, torch.where(ev > rounding, ev, 0.01 * rounding if (r > 0).all() else 0.0), u, log_w.softmax(0)
+        )
+        return given
+
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log density in nats at x (B, *event), (B,) in x's dtype."""
+        """Log density in nats at x (B, *event), (B,) in x's dtype. ValueError where something is known exactly."""
+        if (self.eigenvalues == 0).any():
+            raise ValueError("there is no density: some of x is known without noise (std = 0 in posterior)")
         log_r, _, _ = self._parts(x, torch.ones(()).double(), torch.zeros(()).double())
         return log_r.logsumexp(1).to(x)
 
@@ -129,6 +174,17 @@ class MixtureScore:
     def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:
         """Nothing."""
         return [None] * len(times)
+
+
+def _matrix(A: Callable[[Tensor], Tensor], d: int) -> Tensor:
+    """The matrix (d_y, d) of a linear function of (B, d)."""
+    unit = torch.eye(d, dtype=torch.float64)
+    probe = torch.arange(1.0, d + 1, dtype=torch.float64).sin()
+    columns = [_numbers(A(x)).reshape(len(x), -1) for x in (unit, torch.stack([probe, 0 * probe]))]
+    off = (columns[1] - torch.stack([probe @ columns[0], 0 * columns[0][0]])).abs().amax()
+    if off > 1e-4 * columns[0].abs().sum(0).amax():  # A may compute in float32
+        raise ValueError(f"A must be linear: A(x) and what its values at unit vectors make of x differ by {off:g}")
+    return columns[0].mT
 
 
 def _numbers(a: Any) -> Tensor:

@@ -10,6 +10,8 @@ from sdekit import VPSDE, GaussianMixture
 from tests.conftest import PROCESSES
 from tests.processes.test_fokker_planck import random_mixture
 
+TWO = GaussianMixture([[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]])
+
 
 @given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(PROCESSES)), cut=st.floats(0.01, 1.0))
 def test_density_and_score_match_the_oracle(seed, name, cut):
@@ -55,6 +57,38 @@ def test_moments_of_samples_and_covs():
     assert torch.equal(mixture.sample(5, seed=1), mixture.sample(9, seed=1)[:5])
 
 
+@given(seed=st.integers(0, 2**31), name=st.sampled_from(sorted(PROCESSES)), cut=st.floats(0.01, 1.0))
+def test_the_posterior_matches_the_oracle(seed, name, cut):
+    """Weights, means, covariances, density and the conditional score at every t, by precisions."""
+    sde, (mixture, truth) = PROCESSES[name](), random_mixture(seed)
+    rng, d = np.random.default_rng(seed), truth.d
+    a, std = rng.normal(size=(rng.integers(1, d + 2), d)), rng.uniform(0.05, 1.0)
+    std = std if seed % 2 else std * rng.uniform(0.5, 1.0, len(a))
+    y = a @ truth.sample(1, rng)[0] + std * rng.standard_normal(len(a))
+    posterior, (want, _) = mixture.posterior(torch.from_numpy(a), y, std), truth.posterior(a, y, std)
+    np.testing.assert_allclose(posterior.weights, want.w, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(posterior.means, want.m, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(posterior.covs, want.covs, rtol=1e-6, atol=1e-8)
+    t = sde.t_min + cut * (sde.T - sde.t_min)
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    x = sde.perturb(posterior.sample(5, seed=seed, dtype=torch.float64), t, seed=seed)
+    score = want.score(x.numpy() / alpha, sigma / alpha) / alpha
+    np.testing.assert_allclose(posterior.score(sde)(x, t), score, rtol=1e-5, atol=1e-5 * np.abs(score).max())
+    called = mixture.posterior(lambda x: (x @ torch.from_numpy(a).T).reshape(len(x), -1, 1), y, std)
+    np.testing.assert_allclose(called.means, posterior.means, rtol=1e-9, atol=1e-10)
+
+
+def test_without_noise_what_is_seen_is_known():
+    mixture, _ = random_mixture(3, d=3)
+    posterior = mixture.posterior([[1.0, 0.0, 1.0]], [0.7], 0.0)
+    x = posterior.sample(4, seed=0, dtype=torch.float64)
+    torch.testing.assert_close(x[:, 0] + x[:, 2], torch.full((4,), 0.7, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert float(x[:, 1].diff().abs().min()) > 1e-3
+    assert posterior.score(VPSDE())(x, 0.01).isfinite().all()
+    with pytest.raises(ValueError, match="no density"):
+        posterior.log_prob(x)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -69,6 +103,17 @@ def test_moments_of_samples_and_covs():
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).log_prob(torch.zeros(2, 3)), "1 entries per sample"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).sample(3, dtype=torch.int64), "dtype must be floating"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).log_prob(torch.ones(2, 1).long()), "x must be floating"),
+        (lambda: TWO.posterior([[1.0]], [0.0], 0.1), r"A must be a finite matrix \(d_y, 2\).*got \(1, 1\)"),
+        (
+            lambda: TWO.posterior([[1.0, 0.0]], [[0.0]], 0.1),
+            r"y must be one observation, 1 finite .*got shape \(1, 1\)",
+        ),
+        (lambda: TWO.posterior([[1.0, 0.0]], [np.nan], 0.1), "y must be one observation, 1 finite"),
+        (lambda: TWO.posterior([[1.0, 0.0]], [0.0], -0.1), "std must be a finite number >= 0"),
+        (lambda: TWO.posterior([[1.0, 0.0]], [0.0], [0.1, 0.1]), "std must be a finite number >= 0, or 1 of them"),
+        (lambda: TWO.posterior([[1.0, 0.0], [2.0, 0.0]], [0.0, 0.0], 0.0), "rows of A must be independent"),
+        (lambda: TWO.posterior(lambda x: x**2, [0.0, 0.0], 0.1), "A must be linear.* differ by"),
+        (lambda: TWO.posterior(lambda x: x + 1, [0.0, 0.0], 0.1), "A must be linear"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).sample(0), "n must be at least 1"),
         (lambda: GaussianMixture([[0.0]], [[[1.0]]]).at(VPSDE(), torch.tensor([0.1, 0.2])), "t must be one time"),
     ],
