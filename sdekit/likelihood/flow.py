@@ -168,7 +168,10 @@ def _solve(
     first, last = (low, high) if forwards else (high, low)
     columns = torch.cat([x.reshape(b, d) / first, x.new_zeros(b, divergence.columns + 1)], 1)
     ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
-    solution = adaptive(method, columns, ends if forwards else ends.flip(0), max_nfe=_MAX_NFE, progress=progress)
+    ends = ends if forwards else ends.flip(0)
+    solution = adaptive(
+        method, columns, ends, max_nfe=_MAX_NFE, progress=progress, calls=lambda: system.nfe
+    )  # fmt: skip
     if not solution.success:
         raise SolverError(solution)
     end = (solution.x[:, :d] * last).reshape(x.shape)

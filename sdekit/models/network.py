@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.processes.counted import asked
+from sdekit.processes.counted import asked, called
 from sdekit.processes.kinds import KINDS, Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
 from sdekit.system import as_time, expand
@@ -117,6 +117,7 @@ class NetworkScore:
             clock = ready.clone()  # which the network may change
         dtype = x.dtype if self._weight is None else self._weight.dtype
         y = x if x.dtype is dtype else x.to(dtype)
+        called(len(y))
         if self._given is None:
             out = self.network(y, clock)
         else:

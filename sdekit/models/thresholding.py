@@ -29,6 +29,7 @@ class Thresholded:
         self._inside = as_model(score, sde)
         self.sde = self._inside.sde
         self.predicts, self.event = self._inside.predicts, getattr(score, "event", None)
+        self.calls: int = getattr(self._inside, "calls", 1)
 
     @property
     def device(self) -> torch.device | None:

@@ -1,5 +1,6 @@
 """A model as the solvers see it: what it says at a time, counted, bounded and checked, and for which samples."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ class Model(Protocol):
 
     predicts: str  # the kind, a name in KINDS
     sde: Any  # the process of its numbers
+    # calls: int, if it has this: the network calls of an evaluation, at most; 1 unless it says so
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What it says, like x, at time, 0-d or (B,), float64; ``ready``: what it made of the time beforehand."""
@@ -30,7 +32,11 @@ class Plain:
     predicts = "score"
 
     def __init__(self, score: Callable[[Tensor, Any], Tensor], sde: Any) -> None:
-        self.score, self.sde = score, sde
+        self.score, self.sde, self.calls = score, sde, getattr(score, "calls", 1)
+
+    def __call__(self, x: Tensor, t: Any) -> Tensor:
+        """The score."""
+        return self.score(x, t)
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """The score."""
@@ -82,6 +88,46 @@ def asked() -> tuple[Tensor, int] | None:
     return _asked.get()
 
 
+# Calls of networks, and rows in them, in the evaluation under way: also a context's, so that they are counted where
+# they are made.
+_made: ContextVar[list[int] | None] = ContextVar("calls", default=None)
+
+
+def called(rows: int) -> None:
+    """Told by what calls a network, of every call."""
+    if torch.compiler.is_compiling():
+        return
+    made = _made.get()
+    if made is not None:
+        made[0] += 1
+        made[1] += rows
+
+
+def ask(model: Model, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+    """Its output; to a model of models their way to ask, so that one with no network in it counts as a call too."""
+    if torch.compiler.is_compiling():
+        return model.output(x, time, ready)
+    made = _made.get()
+    before = made[0] if made else 0
+    out = model.output(x, time, ready)
+    if made and made[0] == before:
+        called(len(x))
+    return out
+
+
+class MoreCallsError(RuntimeError):
+    """An evaluation has made more network calls than a budget was made for; ``model`` is the one that says so."""
+
+    def __init__(self, model: Model, calls: int) -> None:
+        super().__init__(
+            f"the score calls networks {calls} times an evaluation, which the budget does not know: give it the "
+            f"attribute calls = {calls}, or make it by sdekit.guidance"
+        )
+        known: Any = copy.copy(model)
+        known.calls = calls
+        self.model, self.calls = known, calls
+
+
 def remade(model: Model) -> Callable[..., Tensor]:
     """Its output, with a graph that is not kept but made again when a gradient needs it."""
     here = asked()
@@ -104,15 +150,19 @@ _WINDOW = 64  # evaluations between looks at whether they were finite
 class Counted:
     """Every evaluation of a model counted, bounded by a budget, and checked.
 
-    The count is the number of calls, whatever the batch. A result of another shape or of a dtype
+    ``nfe`` is the number of network calls, whatever their batch, and ``rows`` that of the samples in them, counted at
+    the networks that :func:`as_score` has made, in whatever closure, or 1 where there are none. ``calls``: how many an
+    evaluation makes, as far as is known. A result of another shape or of a dtype
     that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
     at once for per-sample times and within 64 evaluations otherwise (looking at every value would
-    make a GPU wait). Past ``budget`` evaluations it raises RuntimeError instead of calling.
+    make a GPU wait). Past ``budget`` calls it raises RuntimeError instead of calling, and MoreCallsError once an
+    evaluation has made more than are known of.
     ``remake``: make each evaluation's graph again when a gradient needs it, instead of keeping it.
     """
 
     def __init__(self, model: Model, budget: int | None = None) -> None:
-        self.model, self.budget, self.nfe, self.remake = model, budget, 0, False
+        self.model, self.budget, self.nfe, self.rows, self.remake = model, budget, 0, 0, False
+        self.calls: int = getattr(model, "calls", 1)
         self._times: list[Tensor] = []  # of the evaluations since the last check
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
@@ -129,11 +179,9 @@ class Counted:
             (at, version, t, known), self._told = self._told, None
             if x is at and _version(x) == version and moment.time.ndim == 0 and float(moment.time) == t:
                 return known
-        if self.nfe == self.budget:
+        if self.budget is not None and self.nfe + self.calls > self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
-        self.nfe += 1
-        output = remade(self.model) if self.remake else self.model.output
-        out = output(x, moment.time, moment.ready)
+        out = self._ask(x, moment)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
         if out.stride() != x.stride():  # or the next x would come in the layout of this result
@@ -154,6 +202,25 @@ class Counted:
         self._times.append(time)
         if len(self._times) == _WINDOW or time.ndim:
             self.check()
+        return out
+
+    def _ask(self, x: Tensor, moment: Moment) -> Tensor:
+        output = remade(self.model) if self.remake else self.model.output
+        if torch.compiler.is_compiling():  # what a trace writes down is no count
+            self.nfe, self.rows = self.nfe + self.calls, self.rows + self.calls * len(x)
+            return output(x, moment.time, moment.ready)
+        made = [0, 0]
+        token = _made.set(made)
+        try:
+            out = output(x, moment.time, moment.ready)
+        finally:
+            _made.reset(token)
+            calls, rows = made if made[0] else (1, len(x))
+            self.nfe, self.rows = self.nfe + calls, self.rows + rows
+        if calls > self.calls:
+            self.calls = calls
+            if self.budget is not None:
+                raise MoreCallsError(self.model, calls)
         return out
 
     def _make_room(self, out: Tensor) -> None:

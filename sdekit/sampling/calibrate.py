@@ -51,7 +51,7 @@ def calibrate(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Calibration:
-    """A sampler of ``nfe`` evaluations fitted to this process and score.
+    """A sampler of ``nfe`` evaluations fitted to this process and score (guidance that says it makes two: of half).
 
     Times (the first and last one too) and weights of a multistep rule are moved by gradient descent through the
     sampler, so that x_0 comes near to where the exact flow takes the same noise; the flow of ``noises`` draws is
@@ -77,7 +77,8 @@ def calibrate(
                 coefficients=coefficients, seed=seed, device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
     _checks.instance(sde)
-    nfe = _checks.count(nfe, "nfe", minimum=2)
+    calls: int = getattr(as_model(score, sde), "calls", 1)
+    nfe = _checks.count(nfe, "nfe", minimum=2 * calls) // calls
     noises, batch = _checks.count(noises, "noises", minimum=2), _checks.count(batch, "batch")
     iterations = _checks.count(iterations, "iterations")
     judges = min(noises, _JUDGES)
@@ -123,7 +124,7 @@ def _best_start(
     best = (math.inf, "", "")
     for name in names:
         for grid in _START_GRIDS:
-            draw = partial(sample, sde, score, sampler=name, nfe=nfe, grid=grid)
+            draw = partial(sample, sde, score, sampler=name, steps=nfe - 1, grid=grid)
             x = noises.map(lambda part: draw(part.shape, x_T=part), 4 * batch)  # noqa: B023
             best = min(best, (float(rms(x - noises.flow).mean()), name, grid))
     _, name, grid = best

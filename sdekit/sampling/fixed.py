@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
+from sdekit.processes.counted import MoreCallsError
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.grids import INNER, INNER_TO_END, Grid, make_grid
@@ -128,7 +130,9 @@ def sample(
 
     A bare step rule runs on the probability flow; ``Sampler(rule, churn=1.0)`` puts it on the reverse SDE.
     ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
-    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken).
+    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken). Guidance
+    that calls two networks takes two of them a time; a closure that does is found out by its first evaluation, which is
+    lost unless it says so beforehand (``closure.calls = 2``).
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
     decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step. What
     suits few steps (:func:`sdekit.sampling.grids.inner`) begins below T, where an analytic first step leads
@@ -148,6 +152,10 @@ def sample(
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
     """
+    again = partial(
+        sample, sde, shape=shape, sampler=sampler, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
+        dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable, start=start,
+    )  # fmt: skip
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
     if isinstance(sampler, Calibration):
@@ -156,7 +164,7 @@ def sample(
             raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
         if start is not None:
             raise ValueError("a calibration is of the whole way from T: leave start out, or take a row of SAMPLERS")
-        grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
+        grid = torch.tensor(sampler.times, dtype=torch.float64)
         if x_T is not None:
             with graph(differentiable):
                 x_T = _checks.state(x_T, "x_T") * sampler.start
@@ -167,7 +175,7 @@ def sample(
         raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
     if nfe is not None:
         system.model.budget = nfe
-        most = _steps_within(nfe, row.rule, denoise)
+        most = _steps_within(nfe, row.rule, denoise, system.model.calls)
         steps = None if given else most
     elif steps is None and not given:
         steps = row.steps
@@ -185,17 +193,19 @@ def sample(
     if start is not None and not inner and top - first > 1e-6 * sde.T:
         raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
     top = top if inner else first
-    with graph(differentiable):
-        x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
-        if first < top:
-            system.model.remake = differentiable == "checkpoint"
-            x = bridge(system, x, top, first, row.stochastic)
-    noise = Noise(x, seed, ids)
     try:
+        with graph(differentiable):
+            x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
+            if first < top:
+                system.model.remake = differentiable == "checkpoint"
+                x = bridge(system, x, top, first, row.stochastic)
+        noise = Noise(x, seed, ids)
         solution = solve(
             system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
             differentiable=differentiable,
         )  # fmt: skip
+    except MoreCallsError as more:
+        return again(score=more.model, nfe=int(nfe or 0) - more.calls, device=device or getattr(score, "device", None))
     except ValueError:
         system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
         raise
@@ -260,9 +270,10 @@ def as_sampler(sampler: Any) -> Sampler:
     return _checks.lookup(SAMPLERS, sampler, "sampler")
 
 
-def _steps_within(nfe: Any, rule: StepRule, denoise: bool) -> int:
-    need = rule.evaluations + rule.extra + int(denoise)
-    if _checks.count(nfe, "nfe") < need:
+def _steps_within(nfe: Any, rule: StepRule, denoise: bool, calls: int) -> int:
+    need = (rule.evaluations + rule.extra + int(denoise)) * calls
+    if _checks.count(nfe, "nfe", minimum=-calls) < need:
         extra = " and the final denoising" if denoise else ""
-        raise ValueError(f"nfe must be at least {need}, one step of this sampler{extra}; got {nfe}")
-    return (nfe - int(denoise) - rule.extra) // max(1, rule.evaluations)
+        each = f", of a score that calls networks {calls} times" if calls > 1 else ""
+        raise ValueError(f"nfe must be at least {need}, one step of this sampler{extra}{each}; got {nfe}")
+    return (nfe // calls - int(denoise) - rule.extra) // max(1, rule.evaluations)

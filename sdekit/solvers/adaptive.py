@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -57,6 +57,7 @@ def adaptive(
     keep: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
+    calls: Callable[[], int] = int,
 ) -> Solution:
     """y at times[-1] from y at times[0], monotone ``times`` in either direction, each of which is hit exactly.
 
@@ -65,6 +66,7 @@ def adaptive(
     batch that the network sees; no evaluation lies outside the interval. ``keep`` makes the trajectory at ``times``.
     A sample that cannot go on keeps its last accepted state and says why in ``status``; from there on its trajectory
     is NaN. (A score that is not finite raises, as everywhere: that is no matter of steps.)
+    ``calls``: the network calls so far, of a model; where it stays at 0, evaluations are what the method says they are.
     """
     batch, n = y.shape[0], len(times)
     clock = method.clock(times).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
@@ -78,7 +80,9 @@ def adaptive(
         path[0] = y
     run = torch.arange(batch, device=y.device)
     u, aim = reached.clone(), torch.ones(batch, dtype=torch.int64, device=y.device)
+    seen = calls()
     state, h, nfe = method.start(y, u, clock[[0, -1]], run)
+    nfe = calls() - seen or nfe
     h = h.detach()
     before = torch.ones_like(h)  # the error of the last accepted step
     counts[0] += nfe
@@ -90,8 +94,10 @@ def adaptive(
         u_new = torch.where(last, u_aim, u + direction * used)
         # What belongs to a sample, such as its label, goes where it goes.
         with samples(run, batch) if len(run) < batch else nullcontext():
+            seen = calls()
             y_new, size, power, state_new = method.attempt(y, u, u_new, state, run)
-        nfe += method.evaluations
+        made = calls() - seen or method.evaluations
+        nfe += made
         size = torch.where(torch.isfinite(size), size, math.inf).to(h).detach()  # steps are not differentiated
         accept = size <= 1
         bounded = size.clamp_min(1e-10)
@@ -104,7 +110,7 @@ def adaptive(
         u = torch.where(accept, u_new, u)
         y, *state = (_pick(accept, a, b) for a, b in zip((y_new, *state_new), (y, *state), strict=True))
         ids = run.cpu()
-        counts[0, ids] += method.evaluations
+        counts[0, ids] += made
         counts[1, ids] += accept.cpu()
         counts[2, ids] += (~accept).cpu()
         landed = accept & last
@@ -123,7 +129,7 @@ def adaptive(
             run, u, h, aim, before, y, *state = (a[going] for a in (run, u, h, aim, before, y, *state))
         if run.numel() == 0:
             break
-        if nfe + method.evaluations > max_nfe:
+        if nfe + made > max_nfe:
             for i in run.tolist():
                 status[i] = "max_nfe"
             break

@@ -163,7 +163,7 @@ def _solve(
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
             _adaptive_method(str(method), system, rtol, atol, x, times, noise), x, ends, max_nfe=limit,
-            keep=bool(keep), progress=progress, callback=callback,
+            keep=bool(keep), progress=progress, callback=callback, calls=lambda: system.nfe,
         )  # fmt: skip
         system.settle()
         return _denoised(system, solution, float(times[-1])) if denoise else solution
@@ -199,9 +199,11 @@ def _denoised(system: Any, solution: Solution, t: float) -> Solution:
     """The step to t = 0, if every sample came to t."""
     if not solution.success:
         return solution
+    before = system.nfe
     x = system.denoise(solution.x, t)
     system.settle()
-    return replace(solution, x=x, nfe=solution.nfe + 1, nfe_per_sample=solution.nfe_per_sample + 1)
+    more = system.nfe - before
+    return replace(solution, x=x, nfe=solution.nfe + more, nfe_per_sample=solution.nfe_per_sample + more)
 
 
 def _monotone(grid: Tensor | Sequence[float], system: System) -> Tensor:
