@@ -9,7 +9,7 @@ from sdekit.likelihood import (
     sample_with_log_prob,
     variational_bound,
 )
-from sdekit.models import GaussianMixture, as_score, dynamic_threshold, static_threshold
+from sdekit.models import GaussianMixture, as_score, dynamic_threshold, guidance, static_threshold
 from sdekit.noise import BrownianPath, Noise
 from sdekit.pretrained import load_pretrained
 from sdekit.processes import (
@@ -77,6 +77,7 @@ __all__ = [
     "decode",
     "dynamic_threshold",
     "encode",
+    "guidance",
     "interpolate",
     "load_calibration",
     "load_pretrained",

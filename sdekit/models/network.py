@@ -2,18 +2,17 @@
 
 import copy
 import dataclasses
-import numbers
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.processes.counted import asked, called
+from sdekit.models.conditions import Chosen, Conditions
+from sdekit.processes.counted import called
 from sdekit.processes.kinds import KINDS, Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
 from sdekit.system import as_time, expand
@@ -57,8 +56,7 @@ class NetworkScore:
         self.network, self.sde, self.predicts, self._time, self._take = network, sde, predicts, time, output
         weights = network.parameters() if isinstance(network, nn.Module) else iter(())
         self._weight = next((w for w in weights if w.is_floating_point()), None)
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._chosen: tuple[Any, Any, Any] = (None, None, None)  # the conditions of the samples last asked for
+        self.conditions: Conditions | None = None
 
     @property
     def device(self) -> torch.device | None:
@@ -77,9 +75,7 @@ class NetworkScore:
         """
         other = copy.copy(self)
         nothing = all(a is None for a in args) and not kwargs
-        whole = [isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in args]
-        args = tuple(torch.tensor(int(a)) if is_whole else a for a, is_whole in zip(args, whole, strict=True))
-        other._given, other._chosen = None if nothing else (args, kwargs), (None, None, None)
+        other.conditions = None if nothing else Conditions(args, kwargs)
         return other
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
@@ -96,7 +92,12 @@ class NetworkScore:
 
         Raises ValueError for conditions that do not fit x's batch.
         """
-        self._conditions(x)
+        if self.conditions is not None:
+            self.conditions.of(x)
+        return self.clocks(times, x)
+
+    def clocks(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """:meth:`prepare`, whatever the conditions."""
         if self._time is None or not times:
             return times
         grid = torch.tensor(times, dtype=torch.float64)
@@ -107,8 +108,10 @@ class NetworkScore:
             return clocks.tolist()
         return [self._spread(clock, x) for clock in clocks.split(1)]
 
-    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
-        """What the network itself says, a ``predicts`` like x, at x (B, *event) and time (0-d or (B,)), float64."""
+    def output(self, x: Tensor, time: Tensor, ready: Any = None, given: Chosen | None = None) -> Tensor:
+        """What the network itself says, a ``predicts`` like x, at x (B, *event) and time (0-d or (B,)), float64; with
+        ``given`` as the conditions, if that is given.
+        """
         if isinstance(ready, float):
             clock = torch.full((x.shape[0],), ready, dtype=self._wide(x), device=x.device)
         elif ready is None or ready.shape[0] != x.shape[0] or ready.device != x.device:
@@ -118,11 +121,10 @@ class NetworkScore:
         dtype = x.dtype if self._weight is None else self._weight.dtype
         y = x if x.dtype is dtype else x.to(dtype)
         called(len(y))
-        if self._given is None:
-            out = self.network(y, clock)
-        else:
-            args, kwargs = self._conditions(x)
-            out = self.network(y, clock, *args, **kwargs)
+        if given is None and self.conditions is not None:
+            given = self.conditions.of(x)
+        args, kwargs = given or ((), {})
+        out = self.network(y, clock, *args, **kwargs)
         if self._take is not None:
             out = _taken(out, self._take, x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -144,44 +146,17 @@ class NetworkScore:
             return torch.full((x.shape[0],), clock.item(), dtype=dtype, device=x.device)
         return clock.expand(x.shape[0], *clock.shape[1:]).to(x.device, dtype)
 
-    def _conditions(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The conditions of the samples that x are, on x's device."""
-        if self._given is None:
-            return (), {}
-        here = asked()
-        rows, total = (None, x.shape[0]) if here is None else here
-        for_rows, key, chosen = self._chosen
-        if chosen is not None and for_rows is rows and key == (total, x.device):
-            return chosen
-        lengths: list[int] = []
-        _mapped(lambda y: lengths.append(len(y)) if y.ndim and len(y) != 1 else None, self._given)
-        if lengths and total not in lengths:
-            raise ValueError(
-                f"conditions were given for {lengths[0]} samples, and x has {total}: their first axis must be the "
-                "batch (or 1); what all samples share is better bound to the network, as by functools.partial"
-            )
-
-        def choose(y: Tensor) -> Tensor:
-            y = y.to(x.device)
-            if y.ndim == 0:
-                return y if y.is_floating_point() else y.expand(x.shape[0])
-            return y[rows] if len(y) == total and rows is not None else y
-
-        chosen = _mapped(choose, self._given)
-        self._chosen = (rows, (total, x.device), chosen)
-        return chosen
-
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, which has no way to keep a function without a name (cloudpickle has)."""
         if any(_modules_above("cloudpickle", "dill")):
-            return {**self.__dict__, "_chosen": (None, None, None)}
+            return dict(self.__dict__)
         for name, function in (("network", self.network), ("time", self._time), ("output", self._take)):
             if "<" in getattr(function, "__qualname__", ""):
                 raise pickle.PicklingError(
                     f"{name} is a lambda or a function within a function, which cannot be pickled; give as_score a "
                     "function of a module, or functools.partial of one"
                 )
-        return {**self.__dict__, "_chosen": (None, None, None)}
+        return dict(self.__dict__)
 
     def __copy__(self) -> "NetworkScore":
         other = type(self).__new__(type(self))
@@ -229,23 +204,6 @@ def as_score(
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise TypeError(f"output must be an attribute, a key, an index or a callable, got {output!r}")
     return NetworkScore(network, sde, predicts, time, output)
-
-
-def _mapped(f: Callable[[Tensor], Any], y: Any) -> Any:
-    """y with f of every tensor in it, in tuples, lists and mappings of any kind."""
-    if isinstance(y, Tensor):
-        return f(y)
-    if isinstance(y, np.ndarray):
-        return f(torch.from_numpy(y))
-    if isinstance(y, MutableMapping):
-        new = copy.copy(y)
-        for key, value in y.items():
-            new[key] = _mapped(f, value)
-        return new
-    if isinstance(y, tuple | list):
-        parts = [_mapped(f, value) for value in y]
-        return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)
-    return y
 
 
 def _modules_above(*names: str) -> Iterator[bool]:

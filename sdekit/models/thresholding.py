@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.counted import as_model
-from sdekit.processes.kinds import Kind, express, kind_of, to_score
+from sdekit.models.derived import Derived
+from sdekit.processes.counted import as_model, ask
+from sdekit.processes.kinds import Kind, express, kind_of
 from sdekit.processes.sde import SDE
-from sdekit.system import Score, as_time, expand
+from sdekit.system import Score, expand
 
 
-class Thresholded:
+class Thresholded(Derived):
     """A model whose x_0 has been moved: with f the move and o what the model inside says, o + c (f(x_0) - x_0), where
     x_0 = a o + b x and c is what x_0 adds to an o of its kind at given x (alpha/sigma^2 to a score).
 
@@ -25,31 +26,14 @@ class Thresholded:
     def __init__(
         self, sde: SDE, score: Score, move: Callable[[Tensor], Tensor], data_range: tuple[float, float]
     ) -> None:
-        self.score, self._move, self.data_range = score, move, data_range
-        self._inside = as_model(score, sde)
-        self.sde = self._inside.sde
-        self.predicts, self.event = self._inside.predicts, getattr(score, "event", None)
-        self.calls: int = getattr(self._inside, "calls", 1)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the network's weights are, if the score inside tells."""
-        return getattr(self.score, "device", None)
-
-    def __call__(self, x: Tensor, t: Any) -> Tensor:
-        """Score at x (B, *event) and t (0-d or (B,)), like x."""
-        time = as_time(t, self.sde.T)
-        out = self.output(x, time)
-        if self.predicts == "score":
-            return out
-        a, b = to_score(self.predicts, self.sde, time)
-        return expand(a, x) * out + expand(b, x) * x
+        super().__init__(score, as_model(score, sde))
+        self._move, self.data_range = move, data_range
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What the model inside says, of a moved x_0."""
         inside, numbers = (None, [expand(y, x) for y in self._numbers(time)]) if ready is None else ready
         a, b, c = numbers
-        out = self._inside.output(x, time, inside)
+        out = ask(self.inside, x, time, inside)
         if out.shape != x.shape:
             raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
         out = out.to(x.dtype)
@@ -59,7 +43,7 @@ class Thresholded:
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """The numbers at these times, and what the model inside makes of them."""
         columns = [y.tolist() for y in self._numbers(torch.tensor(times, dtype=torch.float64))]
-        return list(zip(self._inside.prepare(times, x), zip(*columns, strict=True), strict=True))
+        return list(zip(self.inside.prepare(times, x), zip(*columns, strict=True), strict=True))
 
     def _numbers(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)

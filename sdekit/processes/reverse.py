@@ -7,12 +7,32 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.counted import Counted, Moment, as_model
+from sdekit.processes.counted import Counted, Model, Moment, as_model
 from sdekit.processes.kept import MOST, kept
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score, zero_signal
 from sdekit.system import NOTHING, Levels, Process, Score, System, Time, as_time, expand, float64, holds
 
 V = TypeVar("V")
+
+
+def said_of(model: Model, sde: Process, lv: Levels) -> Kind:
+    """What a model predicts, as a kind of a process that it may have been wrapped for or not."""
+    if model.sde is sde:
+        return kind_of(model.predicts, sde, lv.time)
+    # Wrapped for another process, whose score it is there; the same for one of the same alpha and sigma.
+    alpha, sigma = model.sde.alpha(lv.time), model.sde.sigma(lv.time)
+    said = kind_of(model.predicts, model.sde, lv.time)
+    if torch.equal(alpha, sde.alpha(lv.time)) and torch.equal(sigma, sde.sigma(lv.time)):
+        return said
+    a, b = to_score(model.predicts, model.sde, lv.time)
+    return Kind(-b * lv.alpha / a, -(1 / lv.sigma + b * lv.sigma) / a)
+
+
+def levels_of(sde: Process, times: Tensor) -> Levels:
+    """alpha, sigma and half log-SNR at all times, in one vectorised call; what a schedule rounds to for 0 is 0."""
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+    alpha = torch.where(alpha > NOTHING * sigma, alpha, torch.zeros_like(alpha))
+    return Levels(times, alpha, sigma, alpha.log() - sigma.log())
 
 
 class Node(NamedTuple):
@@ -120,22 +140,11 @@ class Reverse(System):
 
     def levels(self, times: Tensor) -> Levels:
         """alpha, sigma and half log-SNR at all times, in one vectorised call."""
-        alpha, sigma = self.sde.alpha(times), self.sde.sigma(times)
-        alpha = torch.where(alpha > NOTHING * sigma, alpha, torch.zeros_like(alpha))
-        return Levels(times, alpha, sigma, alpha.log() - sigma.log())
+        return levels_of(self.sde, times)
 
     def said(self, lv: Levels) -> Kind:
         """What the model predicts, as a kind of this process."""
-        model = self.model.model
-        if model.sde is self.sde:
-            return kind_of(model.predicts, self.sde, lv.time)
-        # Wrapped for another process, whose score it is there; the same for one of the same alpha and sigma.
-        alpha, sigma = model.sde.alpha(lv.time), model.sde.sigma(lv.time)
-        said = kind_of(model.predicts, model.sde, lv.time)
-        if torch.equal(alpha, self.sde.alpha(lv.time)) and torch.equal(sigma, self.sde.sigma(lv.time)):
-            return said
-        a, b = to_score(model.predicts, model.sde, lv.time)
-        return Kind(-b * lv.alpha / a, -(1 / lv.sigma + b * lv.sigma) / a)
+        return said_of(self.model.model, self.sde, lv)
 
     def express(self, wanted: Kind, lv: Levels) -> tuple[Tensor, Tensor]:
         """(a, b) of  wanted = a output + b x  at the levels."""
