@@ -1,5 +1,6 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
+from sdekit import posterior
 from sdekit.likelihood import (
     BitsPerDim,
     Likelihood,
@@ -84,6 +85,7 @@ __all__ = [
     "log_likelihood",
     "ode_sample",
     "pc_sample",
+    "posterior",
     "round_trip_error",
     "sample",
     "sample_with_log_prob",

@@ -115,6 +115,17 @@ def ask(model: Model, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
     return out
 
 
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """[calls, rows] of the networks that are called within, by :func:`ask`."""
+    made = [0, 0]
+    token = _made.set(made)
+    try:
+        yield made
+    finally:
+        _made.reset(token)
+
+
 class MoreCallsError(RuntimeError):
     """An evaluation has made more network calls than a budget was made for; ``model`` is the one that says so."""
 
