@@ -89,6 +89,11 @@ def posterior_sample(
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
     """
     size, k = _checks.event_shape(shape), _checks.count(particles, "particles")
+    if k == 1:
+        raise ValueError(
+            "particles must be at least 2: one has no other to be weighed against; for samples of an approximation "
+            "take sample(sde, posterior_score(sde, score, observation), shape)"
+        )
     if not 0 <= _checks.positive(resample, "resample", zero=True) <= 1:
         raise ValueError(f"resample must lie in [0, 1], got {resample:g}")
     made = posterior_score(sde, score, observation, method, **options)

@@ -136,7 +136,8 @@ def dps(gamma: float = 0.0, strength: float | None = None) -> Method:
 
     Chung et al. 2023, eq. 11, and with gamma Rozet & Louppe 2023, eq. 15. It is stiff where std is small: the flow and
     the SDE then need as many steps as 1/std^2, and diverge in fewer. ``strength``: instead, as published (algorithm 1),
-    a step of this length along each sample's own residual, at each of a thousand steps of equal time.
+    a step of this length along each sample's own residual, at each of a thousand steps of equal time. Its direction
+    flips where the residual passes 0, which no adaptive method gets through.
     """
     gamma = _checks.positive(gamma, "gamma", zero=True)
     length = None if strength is None else _checks.positive(strength, "strength")
