@@ -71,7 +71,8 @@ def posterior_sample(
     Each of the B requested samples has ``particles`` of its own, so that none depends on the batch. A step of the
     ``sampler``, any with noise, is a function of x_t and standard normal z; the particles' z is moved by
     delta = alpha_s sqrt(1 - r^2)/sigma_s (E[x_0|x_t, y] - E[x_0|x_t]),  r = alpha_t sigma_s/(alpha_s sigma_t),
-    which moves x_s as the posterior mean would, and their weights make up for it:
+    which moves x_s as the posterior mean would (in a large step by as much of it as the step's own noise reaches:
+    :meth:`sdekit.posterior.local.Local.reached`), and their weights make up for it:
 
         log w += log p~(y|x_s) - log p~(y|x_t) - z . delta - |delta|^2/2
 
@@ -79,7 +80,7 @@ def posterior_sample(
     ``method``'s (:func:`posterior_score`, with its ``options``); p~(y|x_0) is exact, in the last weights. Where the
     weights leave fewer than ``resample`` x particles of a sample, these are drawn anew from them (systematically).
     So for a growing number of particles the draws are the sampler's own, given y: what is left is the error of its
-    steps, and that of the network.
+    steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more.
 
     ``steps`` (100 unless the grid is a tensor) and ``grid`` as in :func:`sdekit.sample`; x_0 = E[x_0|x] at the last
     time. ``chunk``: particles that go through the network together, as many as fit 2^24 numbers unless given; with up
@@ -147,7 +148,9 @@ class _Run:
             for n, ((t, s), known) in enumerate(bar(steps, progress, len(steps)) if progress else steps):
                 self.noise.enter(t, s)
                 self.choose.enter(t, s)
-                output, shift, twist = self.evaluate(x, t, known, blind=bool(levels.alpha[n] == 0))
+                output, shift, twist = self.evaluate(
+                    x, t, known, float(torch.exp(-2 * levels.lam[n + 1])), bool(levels.alpha[n] == 0)
+                )
                 self.weigh(twist - before)
                 anew = self.anew()
                 if anew is not None:
@@ -178,7 +181,7 @@ class _Run:
             rows=system.model.rows + made[1],
         )
 
-    def evaluate(self, x: Tensor, t: float, ready: Any, blind: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, x: Tensor, t: float, ready: Any, ahead: float, blind: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What the model says at x, E[x_0|x_t, y] - E[x_0|x_t], and log p~(y|x_t) (B, K).
 
         ``blind``: alpha = 0, where x_t says nothing of y: any p~ is right, so it is 1.
@@ -195,7 +198,7 @@ class _Run:
                     nothing = torch.zeros_like(part), part.new_zeros(len(part))
                     parts.append((ask(self.made.inside, part, time, ready[0]), *nothing))
                 else:
-                    parts.append(self.made.pull(part, time, ready))
+                    parts.append(self.made.pull(part, time, ready, ahead))
         output, shift, twist = (torch.cat(column) for column in zip(*parts, strict=True))
         return output, shift, twist.reshape(self.log_w.shape).to(self.log_w)
 

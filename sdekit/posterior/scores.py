@@ -5,13 +5,14 @@ p(y|x_t) to be N(A x̂, S) and differ in S:  E[x_0|x_t, y] = x̂ + V A' S^-1 (y 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
 from sdekit.models.derived import Derived, columns, fitting, leaf
+from sdekit.posterior.local import NO_GRADIENT, Local, conjugate_gradients
 from sdekit.posterior.observation import Observation
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
@@ -20,58 +21,7 @@ from sdekit.processes.sde import SDE
 from sdekit.system import Score, holds
 
 DENSE = 128  # up to so many entries of y a covariance is made whole where its determinant is asked for
-_VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
 
-
-class Local:
-    """The model at x, and what was seen of it: everything in units of the observation's noise, (B, entries)."""
-
-    def __init__(
-        self, observation: Observation, x: Tensor, out: Tensor, x_0: Tensor, numbers: Sequence[Any], graph: bool
-    ) -> None:
-        self._x, self._graph, self._observation = x, graph, observation
-        self.out, self.x_0 = (out, x_0) if graph else (out.detach(), x_0.detach())
-        self._mean = x_0
-        _, _, _, self._gain, self.spread, self.rate = numbers
-        y, self.std = observation.values(self.x_0)
-        self.off = (y - observation.of(self.x_0)) / self.std
-        self._back = observation.transpose(self.x_0, graph)
-
-    def seen(self, x: Tensor) -> Tensor:
-        """A x, of a linear A, without its constant."""
-        return self._observation.change(x) / self.std
-
-    def back(self, u: Tensor) -> Tensor:
-        """A' u, like x."""
-        return self._back(u / self.std)
-
-    def covary(self, u: Tensor) -> Tensor:
-        """V u, u like x."""
-        (product,) = torch.autograd.grad(
-            self._mean, self._x, u, retain_graph=True, create_graph=self._graph, allow_unused=True
-        )
-        if product is None:
-            raise ValueError(_NO_GRADIENT)
-        return self._gain * product
-
-    def columns(self) -> tuple[Tensor, Tensor]:
-        """V A', (B, d, entries), and A V A', (B, entries, entries), of a linear A."""
-        a = self._observation.matrix(self._x) / self.std[:, :, None]
-        rows = a.expand(len(self._x), *a.shape[-2:]).transpose(0, 1)  # (entries, B, d)
-        products = []
-        for some in rows.split(max(1, _VJP_NUMBERS // self._x.numel())):
-            (product,) = torch.autograd.grad(
-                self._mean, self._x, some.reshape(-1, *self._x.shape), is_grads_batched=True, retain_graph=True,
-                create_graph=self._graph, allow_unused=True,
-            )  # fmt: skip
-            if product is None:
-                raise ValueError(_NO_GRADIENT)
-            products.append((self._gain * product).reshape(len(some), len(self._x), -1))
-        va = torch.cat(products).permute(1, 2, 0)
-        return va, rows.transpose(0, 1) @ va
-
-
-_NO_GRADIENT = "score must be differentiable in x, for the covariance of x_0; take no_grad or detach out of it"
 
 # (local, dense) -> (V A' S^-1 (y - A x̂) like x, log N(y; A x̂, S) + constant (B,)). ``dense``: with log det S.
 Method = Callable[[Local, bool], tuple[Tensor, Tensor]]
@@ -91,7 +41,7 @@ def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
             ev, u = torch.linalg.eigh((ava + ava.mT) / 2)
             s = 1 + ev.clamp_min(0.0)
             z = torch.einsum("bij,bi->bj", u, local.off)
-            w = torch.einsum("bij,bj->bi", u, z / s)
+            w = torch.einsum("bij,bj->bi", u, z / s * local.reached(ev.clamp_min(0.0), u))
             shift = torch.einsum("bdi,bi->bd", va, w).reshape(local.x_0.shape)
             return shift, -0.5 * (z.square() / s + s.log()).sum(1)
         n = min(local.off.shape[1], 100) if iterations is None else iterations
@@ -202,14 +152,17 @@ class PosteriorScore(Derived):
             y = leaf(x, graph)
             out = ask(self.inside, y, time, inside).to(x.dtype)
             if not out.requires_grad:
-                raise ValueError(_NO_GRADIENT)
+                raise ValueError(NO_GRADIENT)
             mean = a * out + b * y
         return Local(self.observation, y, out, mean, numbers, graph), back
 
-    def pull(self, x: Tensor, time: Tensor, ready: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the model inside says, E[x_0|x_t, y] - E[x_0|x_t], and log p~(y|x_t) (B,) but for a constant."""
+    def pull(self, x: Tensor, time: Tensor, ready: Any, ahead: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model inside says, how far to move E[x_0|x_t] in a step that ends where (sigma/alpha)^2 is
+        ``ahead``, and log p~(y|x_t) (B,) but for a constant.
+        """
         with torch.inference_mode(False), torch.no_grad():
             local, _ = self.local(x, time, ready)
+            local.ahead = ahead
             shift, twist = self._method(local, True)
             return local.out, shift, twist
 
@@ -258,33 +211,3 @@ def posterior_score(
             raise
         raise TypeError(f"method {method!r}: {error}") from None
     return PosteriorScore(sde, score, observation, made, nonlinear=make is dps)
-
-
-class _Solve(NamedTuple):
-    w: Tensor
-    left: Tensor
-    p: Tensor
-    size: Tensor  # of ``left``, squared
-
-
-def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float) -> Tensor:
-    """w with S w = b for each sample, b (B, n), S = ``apply`` symmetric and positive (Hestenes & Stiefel 1952).
-
-    Each sample stops by itself, where its residual is rtol of b or S is not positive along the next direction.
-    """
-    now = _Solve(torch.zeros_like(b), b, b, b.square().sum(1))
-    enough = rtol**2 * now.size
-    going = now.size > 0
-    for _ in range(iterations):
-        if not going.any():
-            break
-        sp = apply(now.p)
-        bend = (now.p * sp).sum(1)
-        going = going & (bend > 0)
-        step = torch.where(going, now.size / torch.where(going, bend, 1.0), 0.0)[:, None]
-        w, left = now.w + step * now.p, now.left - step * sp
-        size = left.square().sum(1)
-        turn = torch.where(going, size / torch.where(going, now.size, 1.0), 0.0)[:, None]
-        now = _Solve(w, left, left + turn * now.p, size)
-        going = going & (size > enough)
-    return now.w

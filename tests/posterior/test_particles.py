@@ -70,6 +70,21 @@ def test_the_weights_are_those_of_the_chain_whatever_the_twist(method, name, res
     assert float(ratio.std()) / n**0.5 < 0.004
 
 
+def test_large_steps_are_moved_no_further_than_their_noise_reaches():
+    """Eight ancestral steps of the chain: moved all the way to E[x_0|x_t, y] the estimates scatter by 5, not .07."""
+    row, y, std = SAMPLERS["ancestral"], 0.9, 0.6
+    mean, var = chain_law(SDE, row.rule, row.churn, make_grid(SDE, "karras", 8))
+    want = -0.5 * ((y - mean) ** 2 / (var + std**2) + math.log(2 * math.pi * (var + std**2)))
+    out = posterior_sample(
+        SDE, ONE.score(SDE), seen([y], [[1.0]], std), (2000, 1), particles=4, sampler="ancestral", steps=8, seed=1,
+        dtype=torch.float64,
+    )  # fmt: skip
+    ratio = (out.log_evidence - want).exp()
+    assert float(ratio.std()) < 0.15
+    assert abs(float(ratio.mean()) - 1) < 0.01
+    assert float(out.ess.mean()) > 3.8
+
+
 @pytest.mark.parametrize("make", [VPSDE, HeatODE, RectifiedFlow])
 def test_mode_weights_and_draws_of_a_mixture(make):
     """16 particles bring what is off by .25 in MMPS alone to .05, and the law along two directions with it.

@@ -17,7 +17,8 @@ from sdekit import (
     solve,
 )
 from sdekit.posterior import Observation, inpainting, posterior_score
-from sdekit.posterior.scores import METHODS, conjugate_gradients
+from sdekit.posterior.local import conjugate_gradients
+from sdekit.posterior.scores import METHODS
 from sdekit.processes.kinds import KINDS, express, kind_of
 from sdekit.system import expand
 from tests.processes.test_fokker_planck import random_mixture
@@ -103,10 +104,16 @@ OPTIONS = {"mmps": {"rtol": 1e-12}, "tmpd": {}, "pigdm": {"data_std": 0.7}, "dps
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_its_formula(name):
-    """On a mixture, where no two agree; V by the Hessian of log p, V = s^2 (1 + s^2 Hessian)/a^2: another way."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_method_is_its_formula(name, turned):
+    """On a mixture, where no two agree; V by the Hessian of log p, V = s^2 (1 + s^2 Hessian)/a^2: another way.
+
+    ``turned``: rows against each other, so that a row sum of A V A' is negative.
+    """
     mixture, _ = random_mixture(12, 3)
     a, y, std = A[:2, :3], Y[:2], STD[:2]
+    if turned:
+        a = torch.stack([a[0], 0.1 * a[1] - 0.5 * a[0]])
     score = posterior_score(SDE, mixture.score(SDE), Observation(y, a, std), name, **OPTIONS[name])
     x = SDE.prior_sample((4, 3), seed=3, dtype=torch.float64)
     for t in (0.1, 0.4):
