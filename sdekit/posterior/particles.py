@@ -24,7 +24,10 @@ from sdekit.solvers.solution import bar
 from sdekit.solvers.steppers import StepRule
 from sdekit.system import Score
 
-_NUMBERS = 2**24  # in the graphs and products of the rows that go through the network together
+# In the products of the particles that go through a network together: on a CPU what its cache holds (at half the time
+# of larger ones), on a device what keeps it busy.
+_NUMBERS = {"cpu": 2**17}
+_MANY, _LEAST = 2**24, 16
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def posterior_sample(
     steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more.
 
     ``steps`` (100 unless the grid is a tensor) and ``grid`` as in :func:`sdekit.sample`; x_0 = E[x_0|x] at the last
-    time. ``chunk``: particles that go through the network together, as many as fit 2^24 numbers unless given; with up
-    to 128 entries of y p~ has its determinant, which costs as many vector-Jacobian products, with more it is left out
-    (right in the limit, but with more particles). An evaluation costs one network call a chunk.
+    time. ``chunk``: particles that go through the network together, as memory and its caches suggest unless given;
+    with up to 128 entries of y p~ has its determinant, which costs as many vector-Jacobian products, with more it is
+    left out (right in the limit, but with more particles). An evaluation costs one network call a chunk.
     ``seed``, ``ids``: sample i is keyed by ids[i] (default i), whatever the batch.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
     """
@@ -189,7 +192,7 @@ class _Run:
         time = torch.tensor(t, dtype=torch.float64)
         entries = self.made.observation.entries
         width = x[0].numel() * (entries if entries <= DENSE else 8)
-        many = self.chunk or max(1, _NUMBERS // width)
+        many = self.chunk or max(_LEAST, _NUMBERS.get(x.device.type, _MANY) // width)
         parts = []
         for rows in torch.arange(len(x)).split(many):
             part = x[rows[0] : rows[-1] + 1]
