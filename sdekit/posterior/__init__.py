@@ -2,6 +2,7 @@
 
 from sdekit.posterior.observation import Observation, blur, colourisation, downsample, inpainting
 from sdekit.posterior.particles import PosteriorSamples, posterior_sample
+from sdekit.posterior.replacement import replaced
 from sdekit.posterior.scores import posterior_score
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "inpainting",
     "posterior_sample",
     "posterior_score",
+    "replaced",
 ]
