@@ -87,10 +87,12 @@ class _Solve(NamedTuple):
     size: Tensor  # of ``left``, squared
 
 
-def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float) -> Tensor:
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float, least: float = 0.0
+) -> Tensor:
     """w with S w = b for each sample, b (B, n), S = ``apply`` symmetric and positive (Hestenes & Stiefel 1952).
 
-    Each sample stops by itself, where its residual is rtol of b or S is not positive along the next direction.
+    Each sample stops by itself, where its residual is rtol of b, or p' S p <= ``least`` p' p for its next direction p.
     """
     now = _Solve(torch.zeros_like(b), b, b, b.square().sum(1))
     enough = rtol**2 * now.size
@@ -100,7 +102,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, iterations
             break
         sp = apply(now.p)
         bend = (now.p * sp).sum(1)
-        going = going & (bend > 0)
+        going = going & (bend > least * now.p.square().sum(1))
         step = torch.where(going, now.size / torch.where(going, bend, 1.0), 0.0)[:, None]
         w, left = now.w + step * now.p, now.left - step * sp
         size = left.square().sum(1)

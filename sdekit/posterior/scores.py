@@ -27,11 +27,16 @@ DENSE = 128  # up to so many entries of y a covariance is made whole where its d
 Method = Callable[[Local, bool], tuple[Tensor, Tensor]]
 
 
+_POSITIVE = 1 - 1e-3  # of S over std^2 along any direction, but for rounding
+
+
 def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
     """S = std^2 + A V A', by conjugate gradients on vector-Jacobian products; exact where the data are Gaussian.
 
-    Rozet et al. 2024, algorithm 1-3. ``iterations``: at most, d_y up to 100 unless given (theirs: 1 to 5). ``rtol``:
-    of the residual's length, the root of the dtype's rounding unless given.
+    Rozet et al. 2024, algorithm 1-3. ``iterations``: at most, d_y up to 100 unless given (theirs: 1 to 5, which is
+    enough for most networks). ``rtol``: of the residual's length, the root of the dtype's rounding unless given. A
+    network's V is not positive, as a covariance is, nor symmetric: a sample stops before the first direction along
+    which S would be less than std^2. Without that networks diverge where std is small.
     """
 
     def method(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
@@ -46,7 +51,7 @@ def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
             return shift, -0.5 * (z.square() / s + s.log()).sum(1)
         n = min(local.off.shape[1], 100) if iterations is None else iterations
         small = torch.finfo(local.off.dtype).eps ** 0.5 if rtol is None else rtol
-        w = conjugate_gradients(lambda p: p + local.seen(local.covary(local.back(p))), local.off, n, small)
+        w = conjugate_gradients(lambda p: p + local.seen(local.covary(local.back(p))), local.off, n, small, _POSITIVE)
         return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
     return method

@@ -11,6 +11,7 @@ from sdekit import (
     HeatODE,
     RectifiedFlow,
     as_score,
+    load_pretrained,
     log_likelihood,
     ode_sample,
     sample,
@@ -224,6 +225,20 @@ def test_conjugate_gradients_solve_and_stop_sample_by_sample():
     w = conjugate_gradients(lambda p: torch.einsum("bij,bj->bi", s, p), b, 30, 1e-12)
     torch.testing.assert_close(w[:3], torch.linalg.solve(s, b)[:3])
     assert (w[3:] == 0).all()
+
+
+def test_a_trained_network_does_not_diverge():
+    """Its V has negative eigenvalues; by plain conjugate gradients x comes to 400 here. Residuals are of std's size."""
+    sde, network = load_pretrained("digits")
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, :4] = True
+    y = sample(sde, network, (6, 1, 8, 8), "unipc_2", nfe=10, seed=3)
+    y = y + 0.05 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    for sampler, steps in (("sa_solver", 40), ("unipc_2", 20)):
+        score = posterior_score(sde, network, inpainting(mask, y, 0.05))
+        x = sample(sde, score, y.shape, sampler, steps=steps, seed=0)
+        assert float(x.abs().max()) < 2.5
+        assert float(((x - y)[:, mask] / 0.05).square().mean(1).sqrt().max()) < 3
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
