@@ -23,11 +23,11 @@ from sdekit.system import Score, holds
 DENSE = 128  # up to so many entries of y a covariance is made whole where its determinant is asked for
 
 
-# (local, dense) -> (V A' S^-1 (y - A x̂) like x, log N(y; A x̂, S) + constant (B,)). ``dense``: with log det S.
-Method = Callable[[Local, bool], tuple[Tensor, Tensor]]
-
-
 _POSITIVE = 1 - 1e-3  # of S over std^2 along any direction, but for rounding
+
+# (local, dense) -> (V A' S^-1 (y - A x̂) like x, log N(y; A x̂, S) + constant (B,)). ``dense``: with log det S, and of
+# the first as much as a step to local.ahead reaches, where the method knows.
+Method = Callable[[Local, bool], tuple[Tensor, Tensor]]
 
 
 def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
