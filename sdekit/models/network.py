@@ -120,11 +120,10 @@ class NetworkScore:
             clock = ready.clone()  # which the network may change
         dtype = x.dtype if self._weight is None else self._weight.dtype
         y = x if x.dtype is dtype else x.to(dtype)
-        called(len(y))
+        called(y.shape[0])
         if given is None and self.conditions is not None:
             given = self.conditions.of(x)
-        args, kwargs = given or ((), {})
-        out = self.network(y, clock, *args, **kwargs)
+        out = self.network(y, clock) if given is None else self.network(y, clock, *given[0], **given[1])
         if self._take is not None:
             out = _taken(out, self._take, x)
         if not isinstance(out, Tensor) or out.shape != x.shape:

@@ -192,12 +192,13 @@ class Counted:
                 return known
         if self.budget is not None and self.nfe + self.calls > self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
-        out = self._ask(x, moment)
+        compiling = torch.compiler.is_compiling()
+        out = self._ask(x, moment, compiling)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
         if out.stride() != x.stride():  # or the next x would come in the layout of this result
             out = torch.empty_like(x).copy_(out)
-        if torch.compiler.is_compiling():  # a list that grows would be a new graph at every evaluation
+        if compiling:  # a list that grows would be a new graph at every evaluation
             return out
         if out.dtype is not self._like[0] or out.device != self._like[1]:
             self._make_room(out)
@@ -215,9 +216,9 @@ class Counted:
             self.check()
         return out
 
-    def _ask(self, x: Tensor, moment: Moment) -> Tensor:
+    def _ask(self, x: Tensor, moment: Moment, compiling: bool) -> Tensor:
         output = remade(self.model) if self.remake else self.model.output
-        if torch.compiler.is_compiling():  # what a trace writes down is no count
+        if compiling:  # what a trace writes down is no count
             self.nfe, self.rows = self.nfe + self.calls, self.rows + self.calls * len(x)
             return output(x, moment.time, moment.ready)
         made = [0, 0]
@@ -226,8 +227,9 @@ class Counted:
             out = output(x, moment.time, moment.ready)
         finally:
             _made.reset(token)
-            calls, rows = made if made[0] else (1, len(x))
-            self.nfe, self.rows = self.nfe + calls, self.rows + rows
+            calls = made[0] or 1
+            self.nfe += calls
+            self.rows += made[1] or x.shape[0]
         if calls > self.calls:
             self.calls = calls
             if self.budget is not None:
