@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,6 +150,49 @@ def sample(
     """
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
+    row, times, top, scale = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T)
+    system = sde.reverse(score, row.churn)
+    system.model.budget = sampler.nfe if isinstance(sampler, Calibration) and nfe is None else nfe
+    first = float(times[0])
+    with graph(differentiable):
+        x = state(sde, score, shape, sde.T if isinstance(sampler, Calibration) else top, seed, x_T, device, dtype, ids)
+        x = x if scale == 1 else x * scale
+        if first < top:
+            system.model.remake = differentiable == "checkpoint"
+            x = bridge(system, x, top, first, row.stochastic)
+    noise = Noise(x, seed, ids)
+    try:
+        solution = solve(
+            system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
+            differentiable=differentiable,
+        )  # fmt: skip
+    except ValueError:
+        system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
+        raise
+    return solution.x
+
+
+class Plan(NamedTuple):
+    """What :func:`sample` does with its arguments before it draws or evaluates anything."""
+
+    row: Sampler
+    times: Tensor  # of the steps
+    top: float  # the time that x_T is at: the first of the times, or above them (then a bridge leads there)
+    scale: float  # what a draw at T is multiplied by, where a calibration begins
+
+
+def plan(
+    sde: SDE,
+    sampler: str | Sampler | StepRule | Calibration,
+    steps: int | None,
+    nfe: int | None,
+    grid: Grid | None,
+    denoise: bool,
+    start: float | None,
+    x_T: Tensor | None,
+) -> Plan:
+    """The sampler, the times and where x_T is, from the arguments of :func:`sample`; raises what that says it does."""
+    scale = 1.0
     if isinstance(sampler, Calibration):
         sampler.check(sde)
         if steps is not None or grid is not None:
@@ -157,16 +200,12 @@ def sample(
         if start is not None:
             raise ValueError("a calibration is of the whole way from T: leave start out, or take a row of SAMPLERS")
         grid, nfe = torch.tensor(sampler.times, dtype=torch.float64), sampler.nfe if nfe is None else nfe
-        if x_T is not None:
-            with graph(differentiable):
-                x_T = _checks.state(x_T, "x_T") * sampler.start
+        scale = sampler.start
     row = as_sampler(sampler)
-    system = sde.reverse(score, row.churn)
     given = grid is not None and not isinstance(grid, str) and not callable(grid)
     if steps is not None and nfe is not None:
         raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
     if nfe is not None:
-        system.model.budget = nfe
         most = _steps_within(nfe, row.rule, denoise)
         steps = None if given else most
     elif steps is None and not given:
@@ -184,22 +223,7 @@ def sample(
     first = float(times[0])
     if start is not None and not inner and top - first > 1e-6 * sde.T:
         raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
-    top = top if inner else first
-    with graph(differentiable):
-        x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
-        if first < top:
-            system.model.remake = differentiable == "checkpoint"
-            x = bridge(system, x, top, first, row.stochastic)
-    noise = Noise(x, seed, ids)
-    try:
-        solution = solve(
-            system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
-            differentiable=differentiable,
-        )  # fmt: skip
-    except ValueError:
-        system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
-        raise
-    return solution.x
+    return Plan(row, times, top if inner else first, scale)
 
 
 def _before_zero(sde: SDE, times: Any) -> Any:
