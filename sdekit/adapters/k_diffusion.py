@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.adapters.edm import heat
+from sdekit.adapters.latents import numbers
 from sdekit.models.network import NetworkScore, as_score
 from sdekit.processes.gaussian import HeatODE, RectifiedFlow
 from sdekit.processes.sde import SDE
@@ -74,8 +75,8 @@ def sampler(
     denoising (the step that needs nothing below), otherwise x at the last of them is returned. x is at the first one.
     ``callback({"x", "i", "sigma", "sigma_hat", "denoised"})``: once a step, when the model has answered first;
     ``sigma_hat`` is what it was asked at. ``disable``: of the bar, as tqdm has it.
-    Noise is a function of ``extra_args["seed"]`` and the sample's number, ``ids[i]`` (default i), alone; without a seed
-    it is torch's default generator that gives one, as in k-diffusion, and only where the row draws noise.
+    Noise is a function of ``extra_args["seed"]`` and the sample's number, ``ids[i]`` (default i), alone; without
+    either, of x, sample by sample: never of a global generator, which k-diffusion's own take.
     x is kept in float32, at least, and handed over and returned in its own dtype.
 
     ``flow``: whether x is (1 - sigma) x_0 + sigma eps; None: if ComfyUI's model says so, and not otherwise.
@@ -116,8 +117,8 @@ def sampler(
         if len(made.times) == 1:  # nothing is left but the denoising
             made = made._replace(row=Sampler(RULES["ddim"]))
         seed = options.get("seed")
-        if seed is None and made.row.stochastic:
-            seed = int(torch.randint(2**62, ()))
+        if seed is None and ids is None and made.row.stochastic:
+            ids = numbers(wide)
         sde = _process(made, scale)
         going = AskTell.of(sde, wide, made, predicts="x0", denoise=denoise, seed=seed or 0, ids=ids)
         told, before = -1, steps - (len(made.times) - 1 + denoise)  # a bridge is a step of the list too

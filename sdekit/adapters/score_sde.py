@@ -51,17 +51,17 @@ def from_score_sde(
         bases = [base.__name__.lower() for base in type(sde).__mro__]
         name = next((base for base in bases if base in NAMES), type(sde).__name__)
     ours, ends = _checks.lookup(NAMES, name, "sde")
-    process = sde if isinstance(sde, SDE) else ours(*_ends(sde, ends))
+    process: Any = sde if hasattr(sde, "half_log_snr") else ours(*_ends(sde, ends))
     if continuous:
         said, clock = ("score", process.sigma) if name == "vesde" else ("eps", _999)
         return process, as_score(model, process, said, time=clock)
     n = _checks.count(getattr(sde, "N", 1000), "sde.N", minimum=2)
     if name == "vpsde":
-        low, high = process.beta_min / n, process.beta_max / n  # type: ignore[attr-defined]
+        low, high = process.beta_min / n, process.beta_max / n
         table: SDE = BetaTable(torch.linspace(low, high, n, dtype=torch.float64))
         return table, as_score(model, table, "eps", time=partial(_place, n=n))
     if name == "vesde":
-        low, high = math.log(process.sigma_min), math.log(process.sigma_max)  # type: ignore[attr-defined]
+        low, high = math.log(process.sigma_min), math.log(process.sigma_max)
         table = SigmaTable(torch.linspace(low, high, n, dtype=torch.float64).exp())
         return table, as_score(model, table, "score", time=partial(_place_from_top, n=n))
     raise ValueError("continuous=False goes with vpsde and vesde; a sub-VP model is told 999 t: continuous=True")

@@ -137,19 +137,15 @@ def test_noise_is_of_the_seed_and_the_sample():
         assert float((part - one[rows]).abs().max()) < 1e-12
 
 
-def test_without_a_seed_noise_is_of_torchs_generator():
-    """And a row without noise leaves that alone, as does one that was given a seed."""
+def test_without_a_seed_noise_is_of_each_samples_x():
+    """In every batch; and no global generator is looked at."""
     _, _, levels, x = of(False)
-    drawn = []
-    with torch.random.fork_rng():
-        for seed in (0, 0, 1):
-            torch.manual_seed(seed)
-            drawn.append(sampler("dpmpp_2m_sde")(denoiser(), x, levels, disable=True))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    run = sampler("dpmpp_2m_sde")
     before = torch.get_rng_state()
-    sampler("unipc_2")(denoiser(), x, levels, disable=True)
-    sampler("dpmpp_2m_sde")(denoiser(), x, levels, {"seed": 3}, disable=True)
+    drawn = run(denoiser(), x, levels, disable=True)
+    assert torch.equal(run(denoiser(), x, levels, disable=True), drawn)
+    assert float((run(denoiser(), x[1:], levels, disable=True) - drawn[1:]).abs().max()) < 1e-12
+    assert not torch.allclose(run(denoiser(), x + 1e-3, levels, disable=True), drawn, atol=1e-2)
     assert torch.equal(torch.get_rng_state(), before)
 
 

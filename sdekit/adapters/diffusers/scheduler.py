@@ -1,6 +1,5 @@
 """Our samplers as what diffusers calls a scheduler."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +13,7 @@ from sdekit import _checks
 from sdekit.adapters.diffusers.conventions import build, convention, parts
 from sdekit.adapters.diffusers.times import HOST, host_times, told_by_pipelines
 from sdekit.adapters.diffusers.timetable import Timetable
+from sdekit.adapters.latents import numbers
 from sdekit.models.thresholding import static_threshold
 from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibration import Calibration
@@ -258,9 +258,7 @@ def _seeds(generator: Any, x: Tensor) -> tuple[int, Sequence[int] | None]:
     Pipelines of flow models hand on none. Then each sample's number is a hash of its latents, which theirs has made.
     """
     if generator is None:
-        states = x.detach().float().cpu().contiguous().numpy()
-        digests = (hashlib.blake2b(state.tobytes(), digest_size=7).digest() for state in states)
-        return 0, [int.from_bytes(digest, "little") for digest in digests]
+        return 0, numbers(x)
     if not isinstance(generator, list | tuple):
         return _number(generator), None
     if len(generator) != len(x):
