@@ -99,7 +99,7 @@ def plan(name: str, steps: int) -> list[Sum]:
             Sum(True, not isinstance(r.reach, Tensor), r.spent, r.factor is not None, len(r.added))
             for r, _ in islice(state.rows, steps)
         ]
-    stages = (stage for stages, _ in state or () for stage in stages)
+    stages = (stage for stages, _ in (state[0] if state else ()) for stage in stages)
     return [Sum(s.reach is not None or s.kept, s.reach is not None, False, True, len(s.weights)) for s in stages]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import adaptive
 import bits_per_dim
 import choosing
+import diffusers_unet
 import likelihood
 import network_overhead
 import nfe_vs_error
@@ -134,6 +135,16 @@ def trained_numbers() -> str:
     )
 
 
+def diffusers_numbers() -> str:
+    """What the network of diffusers gives besides samples by a budget."""
+    *found, bits = rows("diffusers_unet_adaptive")
+    errors = (f"{row['value']:.2g} in {row['evaluations']} ({row['tolerance']:g})" for row in found)
+    return (
+        f"`adams` has an error of {', '.join(errors)} evaluations of the batch (tolerance). `bits_per_dim` of training "
+        f"images: {bits['value']:.2f} ± {bits['spread']:.2f}, in {bits['evaluations']} evaluations with 4 probes."
+    )
+
+
 def adaptive_curves() -> dict[str, list[Entry]]:
     return adaptive.curves(entries("adaptive"))
 
@@ -178,6 +189,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table:overhead_calls": lambda: overhead_calls.calls_table(rows("overhead_calls")),
     "table:network_overhead": lambda: network_overhead.table(rows("network_overhead")),
     "table:nfe_vs_error": lambda: nfe_vs_error.summary(rows("nfe_vs_error")),
+    "table:diffusers_unet": lambda: diffusers_unet.table(rows("diffusers_unet"), rows("diffusers_unet_time")),
+    "numbers:diffusers_unet": diffusers_numbers,
     "table:noisy_rows": lambda: noisy_rows.table(rows("noisy_rows")),
     "table:sensitivity": lambda: nfe_vs_error.sensitivity_table(rows("sensitivity")),
     "table:choosing_networks": choosing.networks,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import sdekit
 from sdekit import VPSDE, cli, training
@@ -53,15 +54,12 @@ def test_the_starts_run(quick, capsys):
         alpha, sigma = (k(t).reshape(-1, 1, 1, 1) for k in (sde.alpha, sde.sigma))
         return sigma * x / (alpha**2 / 4 + sigma**2)
 
-    def unet(x, t):
-        assert t.dtype == torch.int64
-        return SimpleNamespace(sample=0.1 * x)
-
     def velocity(x, t):
         assert 0.9 < float(t.max()) <= 1000
-        return 0.1 * x
+        return SimpleNamespace(sample=0.1 * x)
 
-    names = {"network": network, "unet": unet, "velocity": velocity, "shape": (4, 3, 8, 8)}
+    pipe = SimpleNamespace(unet=lambda x, timestep: 0.1 * x, scheduler=DDPMScheduler())
+    names = {"network": network, "pipe": pipe, "velocity": velocity, "shape": (4, 3, 8, 8)}
     starts = blocks("README.md", "python")
     assert len(starts) == 6
     for code in starts:
@@ -71,6 +69,8 @@ def test_the_starts_run(quick, capsys):
     assert (names["low"] <= names["high"]).all()
     assert names["between"].shape == (3, 8, 3, 32, 32)
     assert calls[0] > 0
+    assert pipe.scheduler.config.sampler == "unipc_2"
+    assert names["eps"](torch.ones(1, 3, 8, 8), 0.5).shape == (1, 3, 8, 8)
     assert Path("six.json").is_file()
     assert training.load_checkpoint("digits.safetensors")[1].event == (1, 8, 8)
     (compare,) = blocks("benchmarks/CHOOSING.md", "python")
@@ -157,6 +157,9 @@ PRINTS = {
     "interpolate.py": [(r"moons: round-trip error ([\d.e-]+)", 0.0, 1e-3),
                        (r"digits: round-trip error ([\d.e-]+)", 0.0, 0.02)],
     "quickstart.py": [(r"data: (-?[\d.]+) nats", -1.02, 0.1)],
+    "diffusers_model.py": [(r"sdekit, 6 evaluations: ([\d.]+)", 0.08, 0.01),
+                           (r"DDIM, 6 evaluations: ([\d.]+)", 0.144, 0.01)],
+    "diffusers_pipeline.py": [(r"differ by ([\d.e-]+)", 0.0, 1e-4)],
     "extend.py": [(r"rule: std ([\d.]+)", 1.020, 0.03), (r"weight 0.0: mean ([\d.]+)", 1.0, 0.02),
                   (r"weight 0.0: mean [\d.]+, std ([\d.]+)", 0.2, 0.02)],
 }  # fmt: skip

@@ -1,9 +1,11 @@
 """What the likelihood integrates: state and log-density together, errors measured as what log p is off by."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
@@ -24,10 +26,12 @@ class Divergence:
     def __init__(self, vectors: Tensor, exact: bool) -> None:
         self.vectors, self.exact = vectors, exact  # (n, B, *event)
         self.columns = 1 if exact else len(vectors)
+        self.batched: bool | None = None  # whether autograd can batch the model's operations; None until it is tried
 
     def __call__(self, system: Reverse, x: Tensor, t: Moment, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
         """The output o at t like x, and (b, columns): v . (do/dx)^T v of every v, or its sum over unit vectors."""
-        with torch.enable_grad():
+        # Of fused attention there is no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if graph else nullcontext():
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
             score = system.model(x, t)
             if not score.requires_grad:
@@ -36,10 +40,7 @@ class Divergence:
             products = []
             for i, chunk in enumerate(chunks):
                 v = chunk[:, run]
-                more = graph or i + 1 < len(chunks)
-                (jv,) = torch.autograd.grad(
-                    score, x, v, is_grads_batched=True, retain_graph=more, create_graph=graph, allow_unused=True
-                )
+                jv = self._pulled(score, x, v, graph or i + 1 < len(chunks), graph)
                 if jv is None:  # a graph to parameters, none to x
                     raise ValueError(_NO_GRADIENT)
                 products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
@@ -47,6 +48,32 @@ class Divergence:
         # Row by row in memory: the sum of a lone column rounds otherwise than the same one among others.
         div = out.T.contiguous().sum(1, keepdim=True) if self.exact else out.T
         return (score, div) if graph else (score.detach(), div)
+
+    def _pulled(self, out: Tensor, x: Tensor, v: Tensor, more: bool, graph: bool) -> Tensor | None:
+        """(do/dx)^T v of every v, (n, *x.shape); None where o does not depend on x. ``more``: the graph is kept.
+
+        In one batched pass where autograd has a rule for that (none for GroupNorm of channels_last, as attention leaves
+        it), else one by one. So also with ``graph``: the batched second derivative of GroupNorm is an error for some
+        shapes, and a wrong number for others (torch 2.13).
+        """
+        if self.batched is not False and not graph:
+            keep = more or self.batched is None  # what fails half way must leave the graph as it was
+            try:
+                (jv,) = torch.autograd.grad(out, x, v, is_grads_batched=True, retain_graph=keep, allow_unused=True)
+                self.batched = True
+                return jv
+            except RuntimeError:  # if it is not the batching, the other way raises it again
+                if self.batched:
+                    raise
+                self.batched = False
+        each = []
+        for i, one in enumerate(v, start=1):
+            keep = more or i < len(v)
+            (jv,) = torch.autograd.grad(out, x, one, retain_graph=keep, create_graph=graph, allow_unused=True)
+            if jv is None:
+                return None
+            each.append(jv)
+        return torch.stack(each)
 
 
 def make_divergence(x: Tensor, divergence: str, probes: int, seed: int | None, ids: Sequence[int] | None) -> Divergence:

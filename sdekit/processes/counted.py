@@ -178,16 +178,16 @@ class Counted:
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
         self._like: tuple[Any, Any] = (None, None)  # dtype and device that the sums are for
-        self._told: tuple[Tensor, int, float, Tensor] | None = None
+        self.told: tuple[Tensor, int, float, Tensor] | None = None  # see tell
 
     def tell(self, x: Tensor, t: float, output: Tensor) -> None:
         """What to answer if this very x at t is what is asked for next: it is known from an evaluation near by."""
-        self._told = x, _version(x), t, output
+        self.told = x, _version(x), t, output
 
     def __call__(self, x: Tensor, moment: Moment) -> Tensor:
         """What the model says, checked, in x's dtype; one evaluation."""
-        if self._told is not None:
-            (at, version, t, known), self._told = self._told, None
+        if self.told is not None:
+            (at, version, t, known), self.told = self.told, None
             if x is at and _version(x) == version and moment.time.ndim == 0 and float(moment.time) == t:
                 return known
         if self.budget is not None and self.nfe + self.calls > self.budget:

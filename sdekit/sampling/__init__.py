@@ -1,6 +1,7 @@
 """From noise to samples and back: samplers by name, time grids, samplers fitted to a model, encoding."""
 
 from sdekit.sampling.adaptive import ode_sample, sde_sample
+from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibrate import calibrate
 from sdekit.sampling.calibration import Calibration, load_calibration
 from sdekit.sampling.encoding import decode, encode, interpolate, round_trip_error, slerp
@@ -11,6 +12,7 @@ from sdekit.sampling.sensitivity import Sensitivity, sensitivity
 __all__ = [
     "GRIDS",
     "SAMPLERS",
+    "AskTell",
     "Calibration",
     "Sampler",
     "Sensitivity",

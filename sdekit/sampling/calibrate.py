@@ -21,12 +21,12 @@ from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fitting import FittedTable, Noises
 from sdekit.sampling.fixed import SAMPLERS, sample
-from sdekit.sampling.grids import GRIDS
+from sdekit.sampling.grids import INNER, make_grid
 from sdekit.solvers.solution import rms
 from sdekit.system import Score
 
 _STARTS = ("ipndm", "flow_3m", "v_3m", "flow_unipc_3")
-_START_GRIDS = ("vp_quadratic", "vp_cubic", "karras", "log_snr")
+_START_GRIDS = ("vp_quadratic", "vp_cubic", "karras", "log_snr", "inner_quadratic", "inner_cubic")
 _TEACHER = "unipc_3"
 _SLACK = 0.02  # the share of all levels that the first and the last gap start with: their ends may move then
 _JUDGES = 128  # noises that choose the start, and as many others that judge the fit, at most
@@ -62,10 +62,11 @@ def calibrate(
 
     ``shape``: (B, *event) as for :func:`sample`; of B only what conditions of the model are for: draw i of the noises
     has those of sample i modulo B. ``sampler``: a multistep row of ``SAMPLERS`` to start from; None for the best of
-    several. The start is the best of several grids, on at most 128 of the noises. ``iterations`` of Adam on ``batch``
-    of the noises each, and as many again at a slower pace where the first come to nothing. ``coefficients=False`` fits
-    the times alone. ``seed``: of the noises. Up to 128 more noises are held out to judge: where they do not find the
-    fit better than its start, the start is returned. ``error`` and ``start_error`` are theirs.
+    several. The start is the best of several grids, from T and from below (as ``inner`` has them), on at most 128 of
+    the noises. ``iterations`` of Adam on ``batch`` of the noises each, and as many again at a slower pace where the
+    first come to nothing. ``coefficients=False`` fits the times alone. ``seed``: of the noises. Up to 128 more noises
+    are held out to judge: where they do not find the fit better than its start, the start is returned. ``error`` and
+    ``start_error`` are theirs.
 
     The grid of Watson et al. 2021 and Tong et al. 2024 and the weights of Shaul et al. 2024 (BNS), in one.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
@@ -124,11 +125,21 @@ def _best_start(
     best = (math.inf, "", "")
     for name in names:
         for grid in _START_GRIDS:
+            if grid in INNER and not _sound(sde, score, name, grid, nfe):
+                continue
             draw = partial(sample, sde, score, sampler=name, steps=nfe - 1, grid=grid)
             x = noises.map(lambda part: draw(part.shape, x_T=part), 4 * batch)  # noqa: B023
             best = min(best, (float(rms(x - noises.flow).mean()), name, grid))
     _, name, grid = best
-    return name, grid, GRIDS[grid](sde, nfe - 1)
+    return name, grid, make_grid(sde, grid, nfe - 1)
+
+
+def _sound(sde: SDE, score: Score, name: str, grid: str, nfe: int) -> bool:
+    """Whether the prediction after an analytic first step says x_0: eps all but does not, being that of x_T itself."""
+    fixed = FittedTable(sde, score, name, grid, make_grid(sde, grid, nfe - 1), slack=0.0)
+    lv = fixed.levels()
+    plain = fixed.base(fixed.system, lv)
+    return bool((fixed.from_T(fixed.system, lv, plain).scale[0] / plain.scale[0]).abs() > 0.5)
 
 
 def _graph_bytes(model: Model, noise: Noises, t: Tensor) -> int | None:

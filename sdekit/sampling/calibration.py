@@ -17,7 +17,7 @@ from sdekit.solvers.steppers import StepRule
 from sdekit.solvers.steppers.exponential import Stored
 from sdekit.solvers.steppers.table import Rows, Table, finish, step
 
-_FORMAT = 1
+_FORMATS = (1, 2)  # the first had no start: draws were scaled to the first time
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Calibration:
     """A fitted sampler: goes wherever a sampler's name goes, for the process and model that it was fitted to.
 
     Evaluation i is made at ``times[i]``, of  p_i = scale[i] score + mix[i] x_i,  and leads to
-    x_(i+1) = linear[i] x_i + sum of weights[i][j] p_(i-j);  the last one to x_0. The first x is a draw of the prior,
-    scaled to ``times[0]``.
+    x_(i+1) = linear[i] x_i + sum of weights[i][j] p_(i-j);  the last one to x_0. The first x is a draw of the prior at
+    T, times ``start``; times[0] may be far below T, and the first row leads there too.
 
     ``nfe``: its evaluations. ``sampler``, ``grid``: the names that it was fitted from. ``error``, ``start_error``:
     of the fit and of what it was fitted from, the mean over held-out noises of the RMS distance to the exact flow.
@@ -46,16 +46,12 @@ class Calibration:
     prior_std: float
     alpha: list[float]
     sigma: list[float]
+    start: float
 
     @property
     def nfe(self) -> int:
         """Network evaluations, the last one included that gives x_0."""
         return len(self.times)
-
-    @property
-    def start(self) -> float:
-        """What takes a draw of the prior at T to one at the first time."""
-        return self.sigma[0] / self.prior_std
 
     @cached_property
     def rule(self) -> StepRule:
@@ -99,22 +95,38 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a small JSON file."""
-        Path(path).write_text(json.dumps({"sdekit_calibration": _FORMAT, **asdict(self)}, indent=1), encoding="utf-8")
+        Path(path).write_text(
+            json.dumps({"sdekit_calibration": _FORMATS[-1], **asdict(self)}, indent=1), encoding="utf-8"
+        )
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration:
     """The calibration that :meth:`Calibration.save` wrote. Raises ValueError for a file that is none."""
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("sdekit_calibration") != _FORMAT:
+        version = content.pop("sdekit_calibration")
+        if version not in _FORMATS:
             raise ValueError("of another format")
+        if version == 1:
+            content["start"] = content["sigma"][0] / content["prior_std"]
         calibration = Calibration(**content)
         c, n = calibration, len(calibration.times)
         columns = (c.scale, c.mix, c.linear, c.weights, c.alpha, c.sigma)
-        numbers = [c.T, c.prior_std, *c.times, *c.scale, *c.mix, *c.linear, *c.alpha, *c.sigma, *chain(*c.weights)]
+        numbers = [
+            c.T,
+            c.prior_std,
+            c.start,
+            *c.times,
+            *c.scale,
+            *c.mix,
+            *c.linear,
+            *c.alpha,
+            *c.sigma,
+            *chain(*c.weights),
+        ]
         wrong = {len(column) for column in columns} != {n} or any(len(w) > i + 1 for i, w in enumerate(c.weights))
         if wrong or n == 0 or not torch.isfinite(torch.tensor(numbers, dtype=torch.float64)).all():
             raise ValueError("incomplete")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is not a calibration of sdekit: {error}") from None
     return calibration

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sdekit.processes.counted import remade, samples
+from sdekit.processes.kinds import Kind
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fixed import SAMPLERS
-from sdekit.sampling.grids import first_level
+from sdekit.sampling.grids import INNER, first_level
 from sdekit.solvers.solution import rms
 from sdekit.solvers.steppers.table import Table
 from sdekit.system import Levels, Score
@@ -59,7 +60,7 @@ class FittedTable:
         first, last = float(first_level(sde)), float(sde.half_log_snr(sde.t_min))
         self.first, self.range, n = first, last - first, len(times)
         lam = sde.half_log_snr(times).clamp_min(first)
-        gaps = torch.cat([torch.zeros(1), lam.diff() / self.range, torch.zeros(1)])
+        gaps = (torch.cat([lam.new_tensor([first]), lam, lam.new_tensor([last])]).diff() / self.range).clamp_min(0)
         self.gaps = (gaps + slack).log().requires_grad_()  # in a softmax: a gap of 0 is -inf, and stays
         self.linear = torch.zeros(n, dtype=torch.float64, requires_grad=True)
         self.weights = torch.zeros(n, _BACK, dtype=torch.float64, requires_grad=True)
@@ -78,6 +79,7 @@ class FittedTable:
         """Levels, and the rule's table with the additions, for what the system's model says."""
         lv = self.levels()
         table = self.base(system, lv)
+        table = self.from_T(system, lv, table)
         size = torch.hypot(lv.alpha, lv.sigma)  # of x at each level
         step = table.weights.sum(1).abs()
         width = max(_BACK, table.weights.shape[1])
@@ -86,12 +88,44 @@ class FittedTable:
         weights = weights + pad(step[:, None] * more, (0, width - _BACK))
         return lv, table._replace(linear=table.linear + step / size * self.linear, weights=weights)
 
+    def from_T(self, system: Reverse, lv: Levels, table: Table) -> Table:
+        """The table of a grid that begins below T, with the way from there in its first row.
+
+        For the grids that begin far below it is the analytic first step (``bridge``): with g = start x_T, where
+        E[x_0|g] = a o + b g is evaluated, it makes x = A g + B o, and says x_0 again of that: o' = o + b/a (g - x). So
+        p = scale o' + mix x is a sum of o and g; and what follows, linear x + w p, one of g and p. For others, k = 0,
+        it is the change of the noise alone.
+        """
+        a, b = (y[0] for y in system.express(Kind(torch.ones_like(lv.alpha), torch.zeros_like(lv.alpha)), lv))
+        above = [float(f(self.sde.T)) for f in (self.sde.alpha, self.sde.sigma)]
+        shrunk = lv.sigma[0] / above[1]
+        k = lv.alpha[0] - above[0] * shrunk if self.grid in INNER else torch.zeros_like(shrunk)
+        A, B = shrunk / self.start(lv) + k * b, k * a
+        old, own, linear = table.scale[0], table.mix[0], table.linear[0]
+        scale, mix = old * (1 - k * b) + own * B, own * A + old * b / a * (1 - A)
+        carry = linear * B / scale
+        corner = torch.zeros_like(table.weights)
+        corner[0, 0] = 1
+        return table._replace(
+            scale=torch.cat([scale[None], table.scale[1:]]),
+            mix=torch.cat([mix[None], table.mix[1:]]),
+            linear=torch.cat([(linear * A - carry * mix)[None], table.linear[1:]]),
+            weights=table.weights + carry * corner,
+        )
+
+    def start(self, lv: Levels) -> Tensor:
+        """What a draw of the prior is multiplied by, to be evaluated: 1, or a growing process's change of size."""
+        size = torch.hypot(lv.alpha[0], lv.sigma[0])
+        ends = torch.tensor([self.sde.T, self.sde.t_min], dtype=torch.float64)
+        prior, data = torch.hypot(self.sde.alpha(ends), self.sde.sigma(ends))
+        return torch.ones_like(size) if prior < 2 * data else size / prior
+
     def __call__(self, x_T: Tensor) -> Tensor:
         """x_0 of draws of the prior."""
         lv, table = self.table(self.system)
         model = self.system.model.model
         output = remade(model) if self.remake and torch.is_grad_enabled() else model.output
-        x = x_T * (lv.sigma[0] / float(self.sde.sigma(self.sde.T)))
+        x = x_T * self.start(lv)
         history: list[Tensor] = []
         columns = (table.time, table.scale, table.mix, table.linear, table.weights)
         for time, scale, mix, linear, weights in zip(*columns, strict=True):
@@ -128,4 +162,5 @@ class FittedTable:
             prior_std=float(self.sde.sigma(self.sde.T)),
             alpha=lv.alpha.tolist(),
             sigma=lv.sigma.tolist(),
+            start=float(self.start(lv)),
         )

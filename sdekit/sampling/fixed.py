@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,44 +158,13 @@ def sample(
     )  # fmt: skip
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
-    if isinstance(sampler, Calibration):
-        sampler.check(sde)
-        if steps is not None or grid is not None:
-            raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
-        if start is not None:
-            raise ValueError("a calibration is of the whole way from T: leave start out, or take a row of SAMPLERS")
-        grid = torch.tensor(sampler.times, dtype=torch.float64)
-        if x_T is not None:
-            with graph(differentiable):
-                x_T = _checks.state(x_T, "x_T") * sampler.start
-    row = as_sampler(sampler)
+    row, times, top, scale = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T, getattr(score, "calls", 1))
     system = sde.reverse(score, row.churn)
-    given = grid is not None and not isinstance(grid, str) and not callable(grid)
-    if steps is not None and nfe is not None:
-        raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
-    if nfe is not None:
-        system.model.budget = nfe
-        most = _steps_within(nfe, row.rule, denoise, system.model.calls)
-        steps = None if given else most
-    elif steps is None and not given:
-        steps = row.steps
-    steps = None if steps is None else _checks.count(steps, "steps")
-    top = first_time(sde, start, x_T)
-    if grid is None:
-        grid = sde.grid if sde.grid and row.grid == "uniform" else row.grid
-    name = grid if isinstance(grid, str) else ""
-    inner = name in INNER
-    made = INNER_TO_END[name] if inner and not denoise else grid
-    times = make_grid(sde, _before_zero(sde, made) if given and denoise else made, steps, top)
-    if nfe is not None and len(times) - 1 > most:
-        raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
-    first = float(times[0])
-    if start is not None and not inner and top - first > 1e-6 * sde.T:
-        raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
-    top = top if inner else first
+    system.model.budget = nfe
+    first, drawn = float(times[0]), sde.T if isinstance(sampler, Calibration) else top
     try:
         with graph(differentiable):
-            x = state(sde, score, shape, top, seed, x_T, device, dtype, ids)
+            x = state(sde, score, shape, drawn, seed, x_T, device, dtype, ids) * scale
             if first < top:
                 system.model.remake = differentiable == "checkpoint"
                 x = bridge(system, x, top, first, row.stochastic)
@@ -210,6 +179,59 @@ def sample(
         system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
         raise
     return solution.x
+
+
+class Plan(NamedTuple):
+    """What :func:`sample` does with its arguments before it draws or evaluates anything."""
+
+    row: Sampler
+    times: Tensor  # of the steps
+    top: float  # the time that x_T is at: the first of the times, or above them (then a bridge leads there)
+    scale: float  # what a draw at T is multiplied by, where a calibration begins
+
+
+def plan(
+    sde: SDE,
+    sampler: str | Sampler | StepRule | Calibration,
+    steps: int | None,
+    nfe: int | None,
+    grid: Grid | None,
+    denoise: bool,
+    start: float | None,
+    x_T: Tensor | None,
+    calls: int = 1,
+) -> Plan:
+    """The sampler, the times and where x_T is, from the arguments of :func:`sample`, and ``calls`` an evaluation."""
+    scale = 1.0
+    if isinstance(sampler, Calibration):
+        sampler.check(sde)
+        if steps is not None or grid is not None:
+            raise ValueError(f"a calibration has its own {sampler.nfe} evaluations and grid; leave steps and grid out")
+        if start is not None:
+            raise ValueError("a calibration is of the whole way from T: leave start out, or take a row of SAMPLERS")
+        grid, scale = torch.tensor(sampler.times, dtype=torch.float64), sampler.start
+    row = as_sampler(sampler)
+    given = grid is not None and not isinstance(grid, str) and not callable(grid)
+    if nfe is not None:
+        if steps is not None:
+            raise ValueError(f"give steps or nfe, not both; got steps={steps} and nfe={nfe}")
+        most = _steps_within(nfe, row.rule, denoise, calls)
+        steps = None if given else most
+    elif steps is None and not given:
+        steps = row.steps
+    steps = None if steps is None else _checks.count(steps, "steps")
+    top = first_time(sde, start, x_T)
+    if grid is None:
+        grid = sde.grid if sde.grid and row.grid == "uniform" else row.grid
+    inner = isinstance(grid, str) and grid in INNER
+    made = INNER_TO_END[str(grid)] if inner and not denoise else grid
+    times = make_grid(sde, _before_zero(sde, made) if given and denoise else made, steps, top)
+    if nfe is not None and len(times) - 1 > most:
+        raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
+    first = float(times[0])
+    if start is not None and not inner and top - first > 1e-6 * sde.T:
+        raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
+    return Plan(row, times, top if inner else first, scale)
 
 
 def _before_zero(sde: SDE, times: Any) -> Any:
@@ -263,10 +285,9 @@ def as_sampler(sampler: Any) -> Sampler:
         return Sampler(sampler.rule)
     if not isinstance(sampler, str):
         return Sampler(as_rule(sampler))
-    if sampler in ADAPTIVE:
-        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use ode_sample(..., method={sampler!r})")
-    if sampler == ADAPTIVE_SDE:
-        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use sde_sample")
+    if sampler in (*ADAPTIVE, ADAPTIVE_SDE):
+        use = "sde_sample" if sampler == ADAPTIVE_SDE else f"ode_sample(..., method={sampler!r})"
+        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use {use}")
     return _checks.lookup(SAMPLERS, sampler, "sampler")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.processes.kept import kept
 from sdekit.processes.sde import SDE
-from sdekit.system import NOTHING
+from sdekit.system import NOTHING, Time
 
 _INFINITE = 1000.0
 
@@ -73,14 +73,16 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
     """That grid between the levels that matter to n steps, r = sigma/alpha from 2 (n + 1) down to min(0.4, 0.8/n^1.5)
     (and an eighth of a lower first level).
 
-    Where the process itself has these: it grows into the whole grid as n grows, VPSDE()'s at 76 steps. For data of
-    about unit size; both numbers were chosen on the networks and closed forms of benchmarks/nfe_vs_error.py.
+    Where the process itself has these: it grows into the whole grid as n grows, VPSDE()'s at 76 steps. The levels are
+    in units of the process's ``data_size``, which is 1 for data of about unit size. Both numbers were chosen on the
+    networks and closed forms of benchmarks/nfe_vs_error.py.
     Above, what a model says of x_0 is one number for all x, and an error of eps counts r times in it: the way from T
     is taken in one go (:func:`sdekit.sampling.starts.bridge`). Below, x_0 is known to within r, and in an evaluation
     at the end of a step an error of x counts 1/r times: E[x_0|x] is taken from there. ``to_end``: down to t_min.
     """
 
     def grid(sde: SDE, n: int) -> Tensor:
+        sde = cast(SDE, _Part(sde, sde.T, sde.t_min, math.log(sde.data_size)))
         first, last = _levels(sde)
         low = -math.log(2.0 * (n + 1))
         high = -math.log(min(0.4, 0.8 / n**1.5, math.exp(-float(first)) / 8))
@@ -94,10 +96,20 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
 
 
 class _Part:
-    """A process on [t_min, T] of its own. alpha and sigma are those of the whole one, and may be functions of its T."""
+    """A process on [t_min, T] of its own, its half log-SNR counted from ``- zero``. alpha and sigma are those of the
+    whole one, and may be functions of its T.
+    """
 
-    def __init__(self, whole: SDE, start: float, end: float) -> None:
-        self.whole, self.T, self.t_min = whole, start, end
+    def __init__(self, whole: SDE, start: float, end: float, zero: float = 0.0) -> None:
+        self.whole, self.T, self.t_min, self.zero = whole, start, end, zero
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        """That of the whole one, and zero."""
+        return self.whole.half_log_snr(t) + self.zero
+
+    def inverse_half_log_snr(self, lam: Any) -> Tensor:
+        """The time at which it is lam."""
+        return self.whole.inverse_half_log_snr(lam - self.zero)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
@@ -174,7 +186,9 @@ def make_grid(sde: SDE, grid: Grid, steps: int | None = None, start: float | Non
     part = sde if start in (None, sde.T) else between(sde, start)
     if isinstance(grid, str):
         make, n = _checks.lookup({**GRIDS, **INNER}, grid, "grid"), _checks.count(steps, "steps")
-        times = kept(sde, (make, n, part.T, part.t_min), lambda: make(part, n), lambda times: times).clone()
+        times = kept(
+            sde, (make, n, part.T, part.t_min, sde.data_size), lambda: make(part, n), lambda times: times
+        ).clone()
     elif callable(grid):
         times = grid(part, _checks.count(steps, "steps"))
     else:

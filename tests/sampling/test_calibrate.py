@@ -192,7 +192,7 @@ def test_graphs_are_kept_where_they_fit_and_made_again_elsewhere(monkeypatch):
     score = gaussian_score(sde, 0.5)
 
     def counted(x, t):
-        calls.append(x.requires_grad)
+        calls.append(x.requires_grad or t.requires_grad)
         return score(x, t)
 
     found, counts = [], []
@@ -255,3 +255,49 @@ def test_a_calibration_pickles_after_use():
     again = pickle.loads(pickle.dumps(made))
     assert again == made
     assert torch.equal(sample(sde, gaussian_score(sde, 0.5), (2, 2), again, seed=0), x)
+
+
+@pytest.mark.parametrize("nfe", [2, 5, 9])
+@pytest.mark.parametrize("sampler", ["flow_3m", "v_3m", "flow_unipc_3", "unipc_3", "dpmpp_3m", "ipndm"])
+def test_a_grid_from_below_T_has_its_analytic_step_in_the_first_row(sde, sampler, nfe):
+    """Before the fit it is the sampler on that grid."""
+
+    def gaussian(x, t, var=0.25):  # E[x_0|x] of N(0.3, var)
+        a, s = (f(t).reshape(-1, *(1,) * (x.ndim - 1)) for f in (sde.alpha, sde.sigma))
+        return 0.3 + var * a * (x - 0.3 * a) / (a**2 * var + s**2)
+
+    module = importlib.import_module("sdekit.sampling.calibrate")
+    x_T = sde.prior_sample((5, 2), seed=3, dtype=torch.float64)
+    for predict, near in ((lambda x, t: torch.full_like(x, 0.7), 1e-12), (gaussian, 1e-11)):
+        for grid in ("inner_quadratic", "inner_cubic"):
+            score = as_score(predict, sde, "x0")
+            table = module.FittedTable(sde, score, sampler, grid, make_grid(sde, grid, nfe - 1), slack=0.0)
+            c = table.calibration(0.0, 0.0)
+            fixed = sample(sde, score, (5, 2), sampler, grid=grid, nfe=nfe, x_T=x_T)
+            assert c.times[0] < sde.T
+            assert float((sample(sde, score, (5, 2), c, x_T=x_T) - fixed).abs().max()) < near
+            assert float((table(x_T).detach() - sample(sde, score, (5, 2), c, x_T=x_T)).abs().max()) < 1e-12
+
+
+def test_few_evaluations_of_a_network_start_below_T():
+    """An error of eps counts sigma/alpha times in x_0: nothing is asked at T, where rows of eps too start no grid."""
+    from sdekit.sampling.grids import INNER
+
+    module, sde = importlib.import_module("sdekit.sampling.calibrate"), VPSDE()
+    exact = GaussianMixture([[1.0, 0.0], [-0.5, 0.5]], [0.1 * np.eye(2)] * 2).score(sde)
+
+    def eps(x, t):  # a network's, with its errors
+        return -sde.sigma(t).reshape(-1, 1) * exact(x, t) + 0.03 * torch.sin(3 * x)
+
+    score = as_score(eps, sde, "eps")
+    c = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=32, iterations=20)
+    assert c.grid in INNER
+    assert c.error < c.start_error
+    of_eps = calibrate(sde, score, (3, 2), nfe=4, seed=0, noises=32, iterations=1, sampler="ipndm")
+    assert of_eps.grid not in INNER
+    from_T = sample(sde, score, (64, 2), c.sampler, grid="vp_cubic", nfe=4, seed=1)
+    flow = sample(sde, score, (64, 2), "unipc_3", grid="inner_cubic", steps=300, seed=1)
+    errors = [float((x - flow).square().mean().sqrt()) for x in (sample(sde, score, (64, 2), c, seed=1), from_T)]
+    assert errors[0] < 0.5 * errors[1]
+    for name, sound in (("flow_3m", True), ("v_3m", True), ("unipc_2", True), ("ipndm", False), ("deis", False)):
+        assert module._sound(sde, score, name, "inner_cubic", 4) is sound

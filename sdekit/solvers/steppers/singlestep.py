@@ -1,7 +1,7 @@
 """Exponential single-step methods: stages inside a step, exact but for the polynomial through earlier predictions."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def singlestep(stages: Stages, order: int, prediction: str = "eps", clock: str =
             start, end = Levels(*(c[:-1] for c in lv)), Levels(*(c[1:] for c in lv))
             return tabulate(system, stages, prediction, clock, start, end, x.dtype)
 
-        return system.keep((token, tuple(times), x.dtype), make).start(system, x)
+        return system.keep((token, tuple(times), x.dtype), make).start(system, x), 0
 
     return StepRule(step, len(stages), order, begin=begin, weak_order=min(order, 2))
 
@@ -78,10 +78,10 @@ class Steps(NamedTuple):
     stages: list[Sequence[Stage]]
     times: list[float]
 
-    def start(self, system: Any, x: Tensor) -> Iterator[tuple[Sequence[Stage], Sequence[Any]]]:
+    def start(self, system: Any, x: Tensor) -> list[tuple[Sequence[Stage], Sequence[Any]]]:
         """Step by step, with the moments of the evaluations."""
         moments, each = system.moments(self.times, x), len(self.times) // len(self.stages)
-        return zip(self.stages, [moments[i : i + each] for i in range(0, len(moments), each)], strict=True)
+        return list(zip(self.stages, [moments[i : i + each] for i in range(0, len(moments), each)], strict=True))
 
 
 def tabulate(
@@ -112,7 +112,8 @@ def tabulate(
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """All stages of one step."""
-    return _stages(system, x, noise, *next(state)), state
+    steps, k = state
+    return _stages(system, x, noise, *steps[k]), (steps, k + 1)
 
 
 def _stages(system: Any, x: Tensor, noise: Any, stages: Sequence[Stage], moments: Sequence[Any]) -> Tensor:
@@ -178,13 +179,14 @@ def edm(churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflate: flo
             return scale.tolist(), std.tolist(), tabulate(system, _HEUN, "eps", "karras", raised, end, x.dtype)
 
         scale, std, steps = system.keep((token, tuple(times), x.dtype), make)
-        return zip(scale, std, steps.start(system, x), strict=True)
+        return list(zip(scale, std, steps.start(system, x), strict=True)), 0
 
     def take(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
-        scale, std, stages = next(state)
+        steps, k = state
+        scale, std, stages = steps[k]
         if std:
             x = torch.add(scale * x, noise.normal(), alpha=std)
-        return _stages(system, x, noise, *stages), state
+        return _stages(system, x, noise, *stages), (steps, k + 1)
 
     return StepRule(take, 2, 2, begin=begin, weak_order=2, noisy=churn > 0, churn=0.0 if churn else None)
 

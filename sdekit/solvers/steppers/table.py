@@ -6,8 +6,8 @@ The output is what the model says, whatever it predicts: scale and mix make of i
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -99,16 +99,17 @@ class Rows(NamedTuple):
 
     def start(self, moments: list[Any]) -> "State":
         """The state before the first step."""
-        return State(zip(self.rows, moments, strict=True), deque(), iter(self.corrections))
+        return State(list(zip(self.rows, moments, strict=True)), deque(), iter(self.corrections))
 
 
 @dataclass
 class State:
     """What is to come and what is past. It changes as the run goes on."""
 
-    rows: Iterator[tuple[Row, Any]]  # and the moment of each
+    rows: Sequence[tuple[Row, Any]]  # and the moment of each
     history: deque[Tensor]  # predictions, newest first
     corrections: Iterator[list[float]]  # of x where each evaluation was made
+    made: int = 0  # how many of the rows
     asked: bool = False  # for corrections: then a copy of the spent prediction is used up, for they need it too
 
 
@@ -119,10 +120,12 @@ def _used(rows: Tensor) -> Tensor:
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
-    ahead = next(state.rows, None)
-    if ahead is None:
+    if system.replayed:
+        state = replace(state, history=state.history.copy())
+    if state.made == len(state.rows):
         raise ValueError("a multistep rule takes each step of its grid once; it cannot be repeated on an interval")
-    (reach, x_first, spent, factor, added, std, past), moment = ahead
+    (reach, x_first, spent, factor, added, std, past), moment = state.rows[state.made]
+    state.made += 1
     history = state.history
     while len(history) > past:
         history.pop()
@@ -130,7 +133,7 @@ def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -
     # in memory of its own: a network may write its next result over this one
     history.appendleft(output * reach if isinstance(reach, Tensor) else stored(x, output, reach, x_first))
     if spent:
-        x_s = history[-1].clone() if state.asked else history.pop()
+        x_s = history[-1].clone() if state.asked or system.replayed else history.pop()
         x_s = add_weighted(x_s if factor is None else x_s.mul_(factor), (x, *history), added)
     else:
         x_s = add_weighted(x * factor, history, added)

@@ -1,0 +1,96 @@
+"""diffusers' networks as scores."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdekit.adapters.diffusers.conventions import Convention, convention, parts
+from sdekit.models.network import NetworkScore, as_score
+from sdekit.processes.sde import SDE
+
+# What flow networks are told of a scheduler's timestep 1000 u, as their pipelines do it. Others differ (u, 1 - u, the
+# output's sign), so that there is no guessing.
+THOUSANDS = ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel", "LTXVideoTransformer3DModel",
+             "WanTransformer3DModel")  # fmt: skip
+UNITS = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel", "QwenImageTransformer2DModel")
+
+
+def from_diffusers(
+    model: Any,
+    scheduler: Any,
+    *,
+    mu: float | None = None,
+    time: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[SDE, NetworkScore]:
+    """(process, score) of a network of diffusers and the scheduler, or its config, that it is used with.
+
+    ``model``: UNet2DModel, UNet2DConditionModel, a DiT, SD3's or Flux's transformer, or what is called like these:
+    ``model(x, timestep=..., **conditions)``. Its conditions: ``score.given(encoder_hidden_states=...)``; of an output
+    of 2 C channels for C (learned variance) the first C, the mean, are taken. The process is the one that the config
+    describes: the table of DDPM's betas (linear, scaled_linear, squaredcos_cap_v2, trained_betas; also
+    rescale_betas_zero_snr) with a prediction of eps, v or x_0; a rectified flow and its shift; or EDM's, with its
+    preconditioning. How the scheduler steps (its spacing, its order, clipping) is of no account: see
+    :class:`Scheduler` for that.
+    ``mu``: the log of the shift, where the scheduler takes it from the size of the image.
+    ``time``: for flow networks of other classes than are known: what they are told, of the scheduler's timestep.
+
+    Raises TypeError or ValueError for settings and classes that are not known, by name.
+    """
+    name, settings, _ = parts(scheduler)
+    made = convention(name, settings, mu)
+    kind = type(model).__name__
+    if not callable(model):
+        raise TypeError(f"model must be a network, got {kind}")
+    if time is not None and not callable(time):
+        raise TypeError(f"time must be a function of the scheduler's timestep, got {time!r}")
+    if made.flow and time is None and kind not in (*THOUSANDS, *UNITS):
+        known = ", ".join((*THOUSANDS, *UNITS))
+        raise ValueError(
+            f"what a {kind} takes for the time of a flow is not known here ({known} are): give time=, the function of "
+            "the scheduler's timestep (1000 u, noise at u = 1) that its pipeline applies, such as lambda t: t / 1000"
+        )
+    if made.flow and time is None and kind in UNITS:
+        time = partial(torch.mul, other=1 / made.steps)
+    clock: Any = made.clock if time is None else partial(_then, made.clock, time)
+    if made.sigma_data is not None:
+        clock = None  # the preconditioning takes sigma itself, and makes the network's clock of it
+    return made.sde, as_score(_Called(model, made), made.sde, made.predicts, time=clock)
+
+
+def _then(clock: Any, time: Any, t: Tensor) -> Tensor:
+    return time(clock(t))
+
+
+class _Called(nn.Module):
+    """A network of diffusers, called as its pipelines do; under EDM's convention with the preconditioning.
+
+    (The time of that is sigma: the network's own, log(sigma)/4, is made here.)
+    """
+
+    def __init__(self, model: Any, made: Convention) -> None:
+        super().__init__()
+        self.model = model
+        self._made = made if made.sigma_data is not None else None
+        takes = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self._plain = {"return_dict": False} if any_name or "return_dict" in takes else {}
+
+    def forward(self, x: Tensor, time: Tensor, **conditions: Any) -> Tensor:
+        """The prediction, like x."""
+        if self._made is None:
+            return self._said(x, time, conditions)
+        sigma = time.reshape(-1, *(1,) * (x.ndim - 1))
+        c_in, c_skip, c_out = self._made.precondition(sigma)
+        said = self._said((c_in * x).to(x.dtype), self._made.clock(time), conditions)
+        return (c_skip * x + c_out * said).to(x.dtype)
+
+    def _said(self, x: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
+        out = self.model(x, timestep=time, **self._plain, **conditions)
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+        if isinstance(out, torch.Tensor) and x.ndim > 2 and out.shape[1] == 2 * x.shape[1]:
+            return out[:, : x.shape[1]]
+        return out

@@ -1,0 +1,167 @@
+"""diffusers' configs and networks as (process, score)."""
+
+import pickle
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from sdekit import calibrate, log_likelihood, ode_sample, round_trip_error, sample
+from sdekit.adapters.diffusers import from_diffusers
+
+UNET = Path(__file__).parents[2] / "benchmarks" / "networks" / "diffusers_unet"
+
+
+class Told(torch.nn.Module):
+    """A network that remembers what it was called with."""
+
+    def __init__(self, factor=1.0, channels=1):
+        super().__init__()
+        self.factor, self.channels, self.calls = factor, channels, []
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, return_dict=True):
+        self.calls.append((sample, timestep, encoder_hidden_states, return_dict))
+        out = torch.cat([self.factor * sample] * self.channels, dim=1)
+        return {"sample": out} if return_dict else (out,)
+
+
+def named(name, **base):
+    return type(name, (Told,), {})(**base)
+
+
+TABLES = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained_betas": {"trained_betas": torch.linspace(0.001, 0.1, 50).tolist(), "num_train_timesteps": 50},
+}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_table_is_alphas_cumprod_and_the_network_is_told_its_index(table, prediction, zero):
+    """PITFALL 50: i - 1 at t = i/N; and the table in float32 is what the network was trained with."""
+    config = {"prediction_type": prediction, "rescale_betas_zero_snr": zero, **TABLES[table]}
+    scheduler = diffusers.DDIMScheduler(**config)
+    network = Told()
+    sde, score = from_diffusers(network, scheduler)
+    n = len(scheduler.alphas_cumprod)
+    t = torch.arange(1, n + 1, dtype=torch.float64) / n
+    assert torch.allclose(sde.alpha(t).square(), scheduler.alphas_cumprod.double(), rtol=1e-12, atol=0)
+    x = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    score.output(x, t)
+    assert torch.equal(network.calls[0][1], torch.arange(n, dtype=torch.float32))
+    # the score by the formulas of the prediction types
+    k = 3 * n // 4
+    x, time = x[:1].double(), t[k]
+    alpha, sigma = sde.alpha(time), sde.sigma(time)
+    out = network.factor * x
+    eps = {"epsilon": out, "v_prediction": alpha * out + sigma * x, "sample": (x - alpha * out) / sigma}[prediction]
+    assert torch.allclose(score(x, float(time)), -eps / sigma, rtol=1e-12)
+    if zero:
+        assert float(sde.alpha(1.0)) == 0
+
+
+@pytest.mark.parametrize("kind", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_told_what_its_pipeline_tells_it(kind, shift):
+    network = named(kind)
+    sde, score = from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler(shift=shift))
+    u = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    t = u / (shift - (shift - 1) * u)
+    assert torch.allclose(sde.alpha(t), 1 - u, atol=1e-15)
+    assert torch.allclose(sde.sigma(t), u)
+    assert sde.data_size == shift
+    score.output(torch.ones(3, 1, 2, 2), t)
+    assert torch.allclose(network.calls[0][1].double(), u * (1000 if kind.startswith("SD3") else 1), atol=1e-4)
+    x = torch.full((1, 1, 2, 2), 2.0, dtype=torch.float64)
+    x_0 = x - 0.3 * x  # velocity eps - x_0 = x here, and x = x_0 + u (eps - x_0)
+    assert torch.allclose(sde.denoise(x, float(t[1]), score), x_0, rtol=1e-6)
+
+
+def test_dynamic_shifts_are_those_of_the_scheduler():
+    for kind, settings in [("exponential", {}), ("linear", {"time_shift_type": "linear"})]:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **settings)
+        sde, _ = from_diffusers(named("FluxTransformer2DModel"), scheduler, mu=0.8)
+        t = torch.linspace(0.1, 1, 7, dtype=torch.float64)
+        assert torch.allclose(sde.sigma(t), scheduler.time_shift(0.8, 1.0, t), rtol=1e-12), kind
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edm_is_preconditioned_as_its_scheduler_does(prediction):
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction, sigma_data=0.7, sigma_max=50.0)
+    network = Told(0.3)
+    sde, score = from_diffusers(network, scheduler)
+    assert (sde.T, sde.t_min) == (50.0, 0.002)
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
+    x_0 = score.output(x, sigma)
+    column = sigma.reshape(-1, 1, 1, 1)
+    inside = scheduler.precondition_inputs(x, column)
+    assert torch.allclose(x_0, scheduler.precondition_outputs(x, 0.3 * inside, column), rtol=1e-12)
+    assert torch.allclose(network.calls[0][1], scheduler.precondition_noise(sigma), rtol=1e-12)
+
+
+def test_conditions_the_first_half_of_learned_variance_and_pickles():
+    network = Told(2.0, channels=2)
+    _, score = from_diffusers(network, diffusers.DDPMScheduler(variance_type="learned_range"))
+    x, text = torch.ones(2, 1, 2, 2), torch.arange(2.0)
+    assert torch.equal(score.given(encoder_hidden_states=text).output(x, torch.tensor(1.0)), 2 * x)
+    _, _, given, as_dict = network.calls[0]
+    assert torch.equal(given, text)
+    assert as_dict is False
+    again = pickle.loads(pickle.dumps(score))
+    assert torch.equal(again(x, 0.5), score(x, 0.5))
+    _, flow = from_diffusers(named("UNet2DModel"), diffusers.FlowMatchEulerDiscreteScheduler())
+    assert flow.output(x, torch.tensor(0.5)).shape == x.shape
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The trained U-Net of the benchmarks, as diffusers loads it, and its scheduler."""
+    unet = diffusers.UNet2DModel.from_pretrained(UNET / "unet", torch_dtype=torch.float32)
+    return unet.eval(), diffusers.DDPMScheduler.from_pretrained(UNET / "scheduler")
+
+
+def test_a_trained_network_of_diffusers_needs_no_other_word(trained):
+    """Samples as diffusers' own loop draws them, adams, calibration, likelihood, encoding."""
+    sde, score = from_diffusers(*trained)
+    shape = (4, 1, 8, 8)
+    x_T = sde.prior_sample(shape, seed=0)
+    flow = ode_sample(sde, score, shape, x_T=x_T, rtol=1e-3, atol=1e-3)
+    assert flow.abs().max() < 1.5  # digits lie in [-1, 1]
+    assert float((sample(sde, score, shape, nfe=20, x_T=x_T) - flow).square().mean().sqrt()) < 0.05
+    fitted = calibrate(sde, score, shape, nfe=5, noises=8, iterations=3, batch=4, seed=0)
+    assert fitted.error <= fitted.start_error
+    assert round_trip_error(sde, score, flow, rtol=1e-3, atol=1e-3).max() < 0.05
+    likelihood = log_likelihood(sde, score, flow, divergence="hutchinson", seed=0, rtol=1e-2, atol=1e-2)
+    assert torch.isfinite(likelihood.log_prob).all()
+
+
+def test_what_is_not_known_is_refused_by_name():
+    network, ddim = Told(), "DDIMScheduler"
+    refused = [
+        ({"_class_name": "VQDiffusionScheduler"}, "VQDiffusionScheduler tells no process"),
+        (diffusers.LCMScheduler(), "LCMScheduler tells no process"),
+        (diffusers.TCDScheduler().config, "tells no process"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler tells no process"),
+        ({"_class_name": ddim, "beta_schedule": "other"}, "beta_schedule 'other'"),
+        ({"_class_name": ddim, "prediction_type": "noise"}, "prediction_type 'noise' of DDIMScheduler is not known"),
+        ({"shift": 1.0}, "a scheduler with the settings shift tells no process"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type 'continuous'"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "mu must be given"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "what a Told takes for the time of a flow is not known"),
+    ]
+    for scheduler, message in refused:
+        with pytest.raises(ValueError, match=message):
+            from_diffusers(network, scheduler)
+    with pytest.raises(TypeError, match="scheduler must be one of diffusers' or its config, got int"):
+        from_diffusers(network, 3)
+    with pytest.raises(TypeError, match="model must be a network"):
+        from_diffusers("unet", diffusers.DDIMScheduler())
+    _, score = from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler(), time=lambda told: 1 - told / 1000)
+    score.output(torch.ones(1, 1, 2, 2), torch.tensor(0.25))
+    assert network.calls[-1][1].item() == 0.75
