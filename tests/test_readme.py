@@ -154,6 +154,10 @@ def test_small_things_are_small():
 
 # What each example prints of a quantity with a known value, and how near it must be.
 PRINTS = {
+    "guidance.py": [(r"scale 0: ([\d.]+)", 0.1, 0.06), (r"scale 1: ([\d.]+)", 0.95, 0.05),
+                    (r"scale 4: ([\d.]+)", 1.0, 0.01)],
+    "inpainting.py": [(r"posterior_sample: misfit ([\d.]+)", 1.0, 0.15),
+                      (r"effective particles ([\d.]+)", 3.2, 0.5)],
     "interpolate.py": [(r"moons: round-trip error ([\d.e-]+)", 0.0, 1e-3),
                        (r"digits: round-trip error ([\d.e-]+)", 0.0, 0.02)],
     "quickstart.py": [(r"data: (-?[\d.]+) nats", -1.02, 0.1)],
