@@ -15,6 +15,7 @@ from sdekit import _checks
 from sdekit.likelihood.bits import bits_per_dim
 from sdekit.likelihood.flow import log_likelihood
 from sdekit.likelihood.quantization import Quantization
+from sdekit.models.guidance import classifier_free
 from sdekit.models.network import NetworkScore, as_score
 from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.sampling.calibration import Calibration, load_calibration
@@ -71,6 +72,7 @@ def run_train(options: argparse.Namespace) -> None:
         )  # fmt: skip
         if len(data.event) == 3:
             score = as_score(averaged, sde, predicts=config.predicts)
+            score = score.given(torch.arange(64) % data.classes) if config.conditional else score
             x = sample(sde, score, (64, *data.event), nfe=20, seed=0)
             save_grid(out / f"samples-{step:09d}.png", x, data.data_range)
 
@@ -97,11 +99,7 @@ def run_sample(options: argparse.Namespace) -> None:
     """Draw samples of a checkpoint: a picture and an .npz with x, the same however many processes share the work."""
     sde, score = load_checkpoint(options.checkpoint, options.device)
     event, ranks = _event(score, options.checkpoint), Ranks.here()
-    if options.label is not None:
-        classes = getattr(score.network, "classes", 0)
-        if not 0 <= options.label < classes:
-            raise ValueError(f"--label must be one of {options.checkpoint}'s {classes} classes, got {options.label}")
-        score = score.given(options.label)
+    model = _conditioned(score, options)
     number, batch = _checks.count(options.number, "--number"), _checks.count(options.batch, "--batch")
     named = options.sampler.endswith(".json")
     sampler: str | Calibration = load_calibration(options.sampler) if named else options.sampler
@@ -111,7 +109,7 @@ def run_sample(options: argparse.Namespace) -> None:
     with torch.no_grad():
         for ids in parts[ranks.rank :: ranks.world]:
             x = sample(
-                sde, score, (len(ids), *event), sampler, nfe=None if named else options.nfe, seed=options.seed,
+                sde, model, (len(ids), *event), sampler, nfe=None if named else options.nfe, seed=options.seed,
                 ids=ids, device=options.device,
             )  # fmt: skip
             mine.append(x.cpu())
@@ -129,6 +127,31 @@ def run_sample(options: argparse.Namespace) -> None:
         wrote.append(options.out.with_name(f"{options.out.name}.png"))
         save_grid(wrote[1], x[:256], score.data_range)
     print(f"{len(x)} samples in {' and '.join(map(str, wrote))}")
+
+
+def _conditioned(score: NetworkScore, options: argparse.Namespace) -> Any:
+    """The model of --label, at the scale --guidance. ValueError where the checkpoint's network does not know of these.
+
+    A network that has never been without its labels still has the first weights, zeros, of the label for none.
+    """
+    network, label, scale = score.network, options.label, options.guidance
+    assert isinstance(network, nn.Module)
+    classes: int = getattr(network, "classes", 0)
+    if label is not None and not 0 <= label < classes:
+        hint = "" if classes else "; sdekit train --conditional makes a model that knows labels"
+        raise ValueError(f"--label must be one of {options.checkpoint}'s {classes} classes, got {label}{hint}")
+    if label is None and scale is not None:
+        raise ValueError("--guidance is towards a label: give --label too")
+    if classes and (label is None or scale is not None):
+        none = next(w for name, w in network.named_parameters() if name.endswith("time.vectors.weight"))[classes]
+        if not none.any():
+            way = "give --label" if label is None else "leave --guidance out"
+            raise ValueError(
+                f"{options.checkpoint} was never trained without labels: {way}, or train one with --label-drop 0.1"
+            )
+    if label is None:
+        return score
+    return score.given(label) if scale is None else classifier_free(score, label, classes, scale)
 
 
 def run_nll(options: argparse.Namespace) -> None:
@@ -220,6 +243,7 @@ def _sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", default="unipc_2", help="a sampler's name, or a calibration's .json")
     parser.add_argument("--nfe", type=int, default=20, help="network evaluations a sample, at most")
     parser.add_argument("--label", type=int, help="of a model that knows labels")
+    parser.add_argument("--guidance", type=float, help="towards --label: 1 is the label's model, more is more of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64, help="samples drawn together")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="name of the .npz and .png, without suffix")

@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from sdekit import GaussianMixture, sample
+from sdekit import GaussianMixture, as_score, sample
 from sdekit.cli import main
 from sdekit.training.checkpoint import load_checkpoint
 from sdekit.training.config import HELP, Config, add_flags, from_flags
 
 DIGITS = str(resources.files("sdekit") / "assets" / "digits.safetensors")
+CONDITIONAL = str(Path(__file__).parents[1] / "benchmarks" / "networks" / "eps_conditional.safetensors")
 SMALL = "--network-args width=8 multipliers=[1,1] --batch 16 --device cpu"
 
 
@@ -109,6 +111,36 @@ def test_train_sample_nll(tmp_path, capsys):
     assert 0 < float(printed.split()[0]) < 20
 
 
+def test_guidance_is_none_and_the_scale_times_what_a_label_adds(tmp_path):
+    """Scale 1 and 0 are the model with the label and without, and 3 is u + 3 (c - u)."""
+    sde, score = load_checkpoint(CONDITIONAL)
+    draws = {}
+    for scale in (0, 1, 3):
+        flags = f"--number 3 --nfe 4 --label 7 --guidance {scale} --device cpu"
+        run(f"sample {{score}} {flags} --out {{out}}", score=CONDITIONAL, out=tmp_path / "s")
+        draws[scale] = torch.from_numpy(np.load(tmp_path / "s.npz")["x"])
+    for scale, label in ((0, None), (1, 7)):
+        x = sample(sde, score.given(label), (3, 1, 8, 8), nfe=4, seed=0)
+        assert torch.allclose(draws[scale], x, atol=1e-4), scale
+
+    def by_hand(x, t):
+        c, u = (score.network(x, t, torch.full((len(x),), label)) for label in (7, 10))
+        return u + 3 * (c - u)
+
+    x = sample(sde, as_score(by_hand, sde, predicts="eps"), (3, 1, 8, 8), nfe=4, seed=0)
+    assert torch.allclose(draws[3], x, atol=1e-4)
+    assert (draws[3] - draws[1]).square().mean().sqrt() > 0.1
+
+
+def test_a_model_that_never_was_without_labels_is_not_asked_without(tmp_path):
+    out, score = tmp_path / "run", str(tmp_path / "run" / "score.safetensors")
+    run(f"train --steps 3 --overfit 32 --conditional --label-drop 0 --out {{out}} {SMALL}", out=out)
+    run("sample {score} --number 2 --nfe 2 --label 7 --out {out} --device cpu", score=score, out=tmp_path / "s")
+    for flags, way in (("", "give --label"), ("--label 7 --guidance 2", "leave --guidance out")):
+        with pytest.raises(SystemExit, match=f"never trained without labels: {way}"):
+            run(f"sample {{score}} --number 2 --nfe 2 {flags} --out {{out}} --device cpu", score=score, out=out)
+
+
 def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
     """A Gaussian learnt in a few steps: nats near its entropy, which both a sign and a missing term would miss."""
     x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + 1
@@ -146,7 +178,11 @@ def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
         (["nll", DIGITS, "--data", "x.npy"], "holds items .* of None levels .*, and .* 17"),
         (["nll", DIGITS], "config"),
         (["sample", DIGITS, "--number", "0"], "--number must be at least 1"),
-        (["sample", DIGITS, "--label", "3"], "--label must be one of .* 0 classes, got 3"),
+        (["sample", DIGITS, "--label", "3"], "--label must be one of .* 0 classes, got 3; sdekit train --conditional"),
+        (["sample", DIGITS, "--label", "3", "--guidance", "2"], "--label must be one of .* 0 classes"),
+        (["sample", DIGITS, "--guidance", "2"], "give --label too"),
+        (["sample", CONDITIONAL, "--label", "10"], "--label must be one of .* 10 classes, got 10"),
+        (["sample", CONDITIONAL, "--label", "3", "--guidance", "nan"], "scale must be a finite number"),
         (["sample", "nothing.safetensors"], "no checkpoint at nothing"),
     ],
 )

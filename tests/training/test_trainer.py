@@ -172,6 +172,28 @@ def test_labels_are_told_and_dropped_at_the_rate_asked_for():
     assert set(kinds.tolist()) == {0, 1, 2, 3}
 
 
+def test_one_training_learns_the_scores_with_labels_and_without():
+    """Two Gaussians, a label each: with it N(+-1, 0.3^2), without it their mixture, which a network that is always (or
+    never) told its label does not learn.
+    """
+    sde, labels = VPSDE(), torch.arange(2000) % 2
+    data = 0.3 * gaussian_data(2000, 1.0, 0.0) + (2.0 * labels - 1)[:, None]
+    network = build("MLP", dim=1, width=32, layers=2, classes=2)
+    trained = train(network, sde, data, labels=labels, steps=1000, batch=256, lr=5e-3, ema=0.99, label_drop=0.2).network
+    score, x, t = as_score(trained, sde, predicts="v"), torch.linspace(-1.5, 1.5, 31)[:, None], 0.3
+    with torch.no_grad():
+        found = {label: score.given(label)(x, t) for label in (0, 1, None)}
+    cov = 0.09 * torch.eye(1)
+    truth = {
+        0: GaussianMixture(-torch.ones(1, 1), cov[None]).score(sde)(x, t),
+        1: GaussianMixture(torch.ones(1, 1), cov[None]).score(sde)(x, t),
+        None: GaussianMixture(torch.tensor([[-1.0], [1.0]]), cov.expand(2, 1, 1)).score(sde)(x, t),
+    }
+    off = {label: float((found[label] - truth[label]).square().mean().sqrt()) for label in truth}
+    apart = float((truth[0] - truth[None]).square().mean().sqrt())
+    assert max(off.values()) < 0.15 * apart
+
+
 def test_labels_cannot_be_dropped_where_none_stands_for_that():
     class Plain(torch.nn.Linear):
         def forward(self, x, t, labels):
