@@ -77,7 +77,9 @@ class _Denoiser(nn.Module):
         classes, labels = int(getattr(self.network, "label_dim", 0)), torch.as_tensor(class_labels, device=x.device)
         if not classes:
             raise ValueError("class_labels were given, and the network has no classes: its label_dim is 0 or missing")
-        if not labels.is_floating_point():
+        if labels.ndim == 2:
+            labels = labels.to(sigma.dtype)
+        elif not labels.is_floating_point():
             labels = nn.functional.one_hot(labels.long().expand(x.shape[0]), classes).to(sigma.dtype)
         return self.network(x, sigma, labels, **options)
 

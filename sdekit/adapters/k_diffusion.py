@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.adapters.edm import heat
-from sdekit.adapters.latents import numbers
+from sdekit.adapters.seeds import ids_of
 from sdekit.models.network import NetworkScore, as_score
 from sdekit.processes.gaussian import HeatODE, RectifiedFlow
 from sdekit.processes.sde import SDE
@@ -87,7 +87,7 @@ def sampler(
     Raises ValueError or TypeError for an unknown sampler, for sigmas that do not decrease, are no list of levels or not
     the calibration's, and for an x_0 of another shape than x.
     """
-    row, name = as_sampler(which), which if isinstance(which, str) else "calibrated"
+    row, name = as_sampler(which), which if isinstance(which, str) else type(which).__name__.lower()
 
     def run(
         model: Callable[..., Tensor],
@@ -118,7 +118,7 @@ def sampler(
             made = made._replace(row=Sampler(RULES["ddim"]))
         seed = options.get("seed")
         if seed is None and ids is None and made.row.stochastic:
-            ids = numbers(wide)
+            ids = ids_of(wide)
         sde = _process(made, scale)
         going = AskTell.of(sde, wide, made, predicts="x0", denoise=denoise, seed=seed or 0, ids=ids)
         told, before = -1, steps - (len(made.times) - 1 + denoise)  # a bridge is a step of the list too

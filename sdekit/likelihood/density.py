@@ -1,7 +1,9 @@
 """What the likelihood integrates: state and log-density together, errors measured as what log p is off by."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,29 @@ _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many num
 _NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
 
 
+_plain: list[Any] = []  # what chose the kernels, while anybody wants the plain one: the choice is the process's
+_lock = threading.Lock()
+_wanted = 0
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Within, attention has second derivatives, which the fused kernels have not. Threads may be within together."""
+    global _wanted
+    with _lock:
+        if _wanted == 0:
+            _plain.append(sdpa_kernel(SDPBackend.MATH))
+            _plain[0].__enter__()
+        _wanted += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _wanted -= 1
+            if _wanted == 0:
+                _plain.pop().__exit__(None, None, None)
+
+
 class Divergence:
     """What the model says and its divergence, in one network pass: exact, or one estimate for each probe."""
 
@@ -31,7 +56,7 @@ class Divergence:
     def __call__(self, system: Reverse, x: Tensor, t: Moment, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
         """The output o at t like x, and (b, columns): v . (do/dx)^T v of every v, or its sum over unit vectors."""
         # Of fused attention there is no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if graph else nullcontext():
+        with torch.enable_grad(), _plain_attention() if graph else nullcontext():
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
             score = system.model(x, t)
             if not score.requires_grad:

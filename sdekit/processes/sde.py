@@ -37,7 +37,7 @@ class SDE(System):
     (the base class takes care of floats, dtypes, shapes and the range), and, where the defaults
     do not fit, the class attributes ``T``, ``t_min`` (the earliest time a solver may touch),
     ``grid`` (the name of the grid that stands for "uniform" where the process's own time is not one for even steps) and
-    ``data_size`` (the noise level sigma/alpha that is as large as the data, about which grids of few steps are laid).
+    ``unit_level`` (the noise level sigma/alpha that hides the data as 1 does those of unit size: few-step grids' unit).
 
     As a system, an SDE is its own forward equation  dx = f(t) x dt + g(t) dW  with
     f = d log(alpha)/dt and g^2 = d(sigma^2)/dt - 2 f sigma^2  (Song et al. 2021, eq. 5;
@@ -48,7 +48,7 @@ class SDE(System):
     T: float = 1.0
     t_min: float = 1e-3
     grid: str | None = None
-    data_size: float = 1.0
+    unit_level: float = 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

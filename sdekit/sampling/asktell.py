@@ -1,5 +1,7 @@
 """A run of a fixed-grid sampler turned inside out: the caller evaluates the model, and tells what it said."""
 
+import copy
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -64,7 +66,8 @@ class AskTell:
     ``predicts``: what the caller's model says, a kind of :func:`as_score`. ``change``: a function of models, such as a
     threshold, ``lambda model: static_threshold(sde, model, (-1, 1))``, between what is told and the rules; it must
     evaluate the model once, at the x that it is given. Everything else as in :func:`sample`, whose errors this raises
-    too; x keeps its dtype whatever that of the answers.
+    too; x keeps its dtype whatever that of the answers. A rule's state may be changed in place where it is a list, a
+    deque, a dict or a set, or an object of its own way to be copied, also within a tuple: each try has a copy.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class AskTell:
     ) -> None:
         _checks.instance(sde)
         made = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T)
-        self._begin(sde, x_T, made, predicts, denoise, seed, ids, change)
+        self._begin(sde, x_T, made, predicts, denoise, seed, ids, change, nfe)
 
     @classmethod
     def of(
@@ -106,9 +109,19 @@ class AskTell:
         return run
 
     def _begin(
-        self, sde: SDE, x_T: Tensor, made: Plan, predicts: str, denoise: bool, seed: Any, ids: Any, change: Any
+        self,
+        sde: SDE,
+        x_T: Tensor,
+        made: Plan,
+        predicts: str,
+        denoise: bool,
+        seed: Any,
+        ids: Any,
+        change: Any,
+        budget: int | None = None,
     ) -> None:
         _checks.lookup(KINDS, predicts, "prediction")
+        self._budget, self._asked = budget, 0
         self._answers = _Answers(sde, predicts)
         self._system = sde.reverse(change(self._answers), made.row.churn)
         self._system.replayed = True
@@ -168,8 +181,14 @@ class AskTell:
             if self.within:
                 raise ValueError("x can be moved where a step begins, and here the model is asked within one")
             self._x = x
-        self._answers.told.append(output)
+        parts, told = len(self._parts), self._answers.told
+        told.append(output)
+        self._asked += 1
         self._next()
+        if parts == len(self._parts) and told:  # it is needed again, and a network may write its next result over it
+            told[-1] = output.clone()
+        if self.t is not None and self._asked == self._budget:
+            raise RuntimeError(f"the step rule needs more than the nfe budget of {self._budget} evaluations")
 
     def _next(self) -> None:
         """On from what is known to the next question, or to the end."""
@@ -177,7 +196,7 @@ class AskTell:
             self._answers.said, self._system.model.told = 0, self._known
             try:
                 with torch.no_grad():
-                    x, state = self._parts[0](self._x, self._state)
+                    x, state = self._parts[0](self._x, _copied(self._state))
             except _Question as question:
                 self.x, self.t = question.x, question.t
                 return
@@ -186,3 +205,18 @@ class AskTell:
             del self._parts[0]
         self._system.settle()
         self.x, self.t = self._x, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AskTell":
+        raise TypeError("a run cannot be copied on its way: copy what it is made of, and begin another")
+
+
+def _copied(state: Any) -> Any:
+    """A rule's state, for a step to change."""
+    if isinstance(state, tuple):
+        parts = [_copied(part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    if isinstance(state, list):  # what a list has in a tuple is taken for numbers of a grid
+        return [part if isinstance(part, tuple) else _copied(part) for part in state]
+    if isinstance(state, deque | dict | set) or hasattr(state, "__copy__"):
+        return copy.copy(state)
+    return state

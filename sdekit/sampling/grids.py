@@ -74,7 +74,7 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
     (and an eighth of a lower first level).
 
     Where the process itself has these: it grows into the whole grid as n grows, VPSDE()'s at 76 steps. The levels are
-    in units of the process's ``data_size``, which is 1 for data of about unit size. Both numbers were chosen on the
+    in units of the process's ``unit_level``, which is 1 for data of about unit size. Both numbers were chosen on the
     networks and closed forms of benchmarks/nfe_vs_error.py.
     Above, what a model says of x_0 is one number for all x, and an error of eps counts r times in it: the way from T
     is taken in one go (:func:`sdekit.sampling.starts.bridge`). Below, x_0 is known to within r, and in an evaluation
@@ -82,7 +82,7 @@ def inner(make: Callable[[SDE, int], Tensor], to_end: bool = False) -> Callable[
     """
 
     def grid(sde: SDE, n: int) -> Tensor:
-        sde = cast(SDE, _Part(sde, sde.T, sde.t_min, math.log(sde.data_size)))
+        sde = cast(SDE, _Part(sde, sde.T, sde.t_min, math.log(_checks.positive(sde.unit_level, "unit_level"))))
         first, last = _levels(sde)
         low = -math.log(2.0 * (n + 1))
         high = -math.log(min(0.4, 0.8 / n**1.5, math.exp(-float(first)) / 8))
@@ -187,7 +187,7 @@ def make_grid(sde: SDE, grid: Grid, steps: int | None = None, start: float | Non
     if isinstance(grid, str):
         make, n = _checks.lookup({**GRIDS, **INNER}, grid, "grid"), _checks.count(steps, "steps")
         times = kept(
-            sde, (make, n, part.T, part.t_min, sde.data_size), lambda: make(part, n), lambda times: times
+            sde, (make, n, part.T, part.t_min, sde.unit_level), lambda: make(part, n), lambda times: times
         ).clone()
     elif callable(grid):
         times = grid(part, _checks.count(steps, "steps"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdekit import calibrate, log_likelihood, ode_sample, round_trip_error, sample
-from sdekit.adapters.diffusers import from_diffusers
+from sdekit.adapters.diffusers import conventions, from_diffusers
 
 UNET = Path(__file__).parents[2] / "benchmarks" / "networks" / "diffusers_unet"
 
@@ -73,7 +73,7 @@ def test_a_flow_is_told_what_its_pipeline_tells_it(kind, shift):
     t = u / (shift - (shift - 1) * u)
     assert torch.allclose(sde.alpha(t), 1 - u, atol=1e-15)
     assert torch.allclose(sde.sigma(t), u)
-    assert sde.data_size == shift
+    assert sde.unit_level == shift
     score.output(torch.ones(3, 1, 2, 2), t)
     assert torch.allclose(network.calls[0][1].double(), u * (1000 if kind.startswith("SD3") else 1), atol=1e-4)
     x = torch.full((1, 1, 2, 2), 2.0, dtype=torch.float64)
@@ -102,6 +102,30 @@ def test_edm_is_preconditioned_as_its_scheduler_does(prediction):
     inside = scheduler.precondition_inputs(x, column)
     assert torch.allclose(x_0, scheduler.precondition_outputs(x, 0.3 * inside, column), rtol=1e-12)
     assert torch.allclose(network.calls[0][1], scheduler.precondition_noise(sigma), rtol=1e-12)
+
+
+def test_zero_signal_is_of_the_rescaled_table_whatever_the_class():
+    """Heun's has no such setting and carries it along; the model is the one that was trained on the rescaled betas."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}  # what is a default of the one class is not carried along
+    trained = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", **betas)
+    sde, _ = from_diffusers(Told(), diffusers.HeunDiscreteScheduler.from_config(trained.config))
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    assert torch.allclose(sde.alpha(t).square(), trained.alphas_cumprod.double(), atol=1e-12)
+
+
+def test_edm_is_preconditioned_in_float32_around_a_network_in_bfloat16():
+    class Half(Told):
+        def __init__(self):
+            super().__init__(0.3)
+            self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+    network = Half()
+    _, score = from_diffusers(network, diffusers.EDMEulerScheduler())
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    d = score.output(x, torch.tensor(0.01, dtype=torch.float64))
+    assert network.calls[0][0].dtype is torch.bfloat16
+    exact = diffusers.EDMEulerScheduler().precondition_outputs(x, 0.6 * x, torch.tensor(0.01))
+    assert float((d - exact).abs().max()) < 3e-4  # x in bfloat16 would be off by 1/256
 
 
 def test_conditions_the_first_half_of_learned_variance_and_pickles():
@@ -140,16 +164,28 @@ def test_a_trained_network_of_diffusers_needs_no_other_word(trained):
     assert torch.isfinite(likelihood.log_prob).all()
 
 
+def test_every_class_of_diffusers_is_known_or_refused_by_name():
+    known = (*conventions.TABLES, *conventions.FLOWS, *conventions.EDMS)
+    for name in (name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")):
+        config = {"_class_name": name}
+        if name in known:
+            assert conventions.parts(config) == (name, {})
+        else:
+            with pytest.raises(ValueError, match=f"scheduler {name} tells no process"):
+                conventions.parts(config)
+    assert all(conventions.takes(name) for name in known)
+
+
 def test_what_is_not_known_is_refused_by_name():
     network, ddim = Told(), "DDIMScheduler"
     refused = [
         ({"_class_name": "VQDiffusionScheduler"}, "VQDiffusionScheduler tells no process"),
         (diffusers.LCMScheduler(), "LCMScheduler tells no process"),
-        (diffusers.TCDScheduler().config, "tells no process"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler tells no process"),
         ({"_class_name": ddim, "beta_schedule": "other"}, "beta_schedule 'other'"),
         ({"_class_name": ddim, "prediction_type": "noise"}, "prediction_type 'noise' of DDIMScheduler is not known"),
-        ({"shift": 1.0}, "a scheduler with the settings shift tells no process"),
+        ({"shift": 1.0}, "does not say of which class it is"),
+        (diffusers.TCDScheduler().config, "give the scheduler itself"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type 'continuous'"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "mu must be given"),

@@ -183,9 +183,9 @@ def test_every_sampler_in_every_pipeline(host, sampler):
 
 
 def scheduler_ids(latents):
-    from sdekit.adapters.diffusers.scheduler import _seeds
+    from sdekit.adapters.seeds import ids_of
 
-    return _seeds(None, latents)[1]
+    return ids_of(latents)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])

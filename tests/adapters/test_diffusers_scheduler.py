@@ -82,7 +82,7 @@ def test_every_sampler_is_what_sample_makes(host, sampler):
     for t in scheduler.timesteps:
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, generator=torch.Generator().manual_seed(4), return_dict=False)[0]
-    name, settings, _ = parts(HOSTS[host])
+    name, settings = parts(HOSTS[host])
     sde, score = direct(convention(name, settings))
     factor = scheduler._table.factor
     expected = sample(sde, score, X.shape, sampler, x_T=y / factor, steps=5, seed=seed)
@@ -265,7 +265,7 @@ def test_a_state_that_the_pipeline_moves():
     left = torch.zeros_like(X, dtype=torch.bool)
     left[..., :2] = True
     scheduler.set_timesteps(5)
-    sde, score = direct(convention(*parts(HOSTS["table"])[:2]))
+    sde, score = direct(convention(*parts(HOSTS["table"])))
     run = AskTell(sde, X, "dpmpp_2m", predicts="eps", grid="karras", steps=4)
     x = y = X
     for t in scheduler.timesteps:
@@ -279,6 +279,91 @@ def test_a_state_that_the_pipeline_moves():
     x = heun.step(network(x, 0), heun.timesteps[1], x, return_dict=False)[0]
     with pytest.raises(ValueError, match="the state was changed within a step of heun"):
         heun.step(network(x, 0), heun.timesteps[2], x)
+
+
+def test_a_state_that_is_changed_in_place():
+    """In half precision too, where the pipeline has a copy; and within a step it is refused as well."""
+    for dtype, near in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+        scheduler, found = Scheduler.from_config(HOSTS["table"], sampler="dpmpp_2m", grid="karras"), []
+        for in_place in (False, True):
+            scheduler.set_timesteps(5)
+            x = X.to(dtype)
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x.float(), t), t, x, return_dict=False)[0]
+                x = x.mul_(0.5) if in_place else x * 0.5
+            found.append(x.float())
+        assert apart(found[1], found[0]) < near
+    heun = Scheduler.from_config(HOSTS["table"], sampler="heun")
+    heun.set_timesteps(2)
+    x = heun.step(network(X, 0), heun.timesteps[0], X, return_dict=False)[0].mul_(0.9)
+    x = heun.step(network(x, 0), heun.timesteps[1], x, return_dict=False)[0]
+    with pytest.raises(ValueError, match="the state was changed within a step of heun"):
+        heun.step(network(x, 0), heun.timesteps[2], x)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_a_pipeline_that_slices_and_does_not_say_where_it_begins(where):
+    """The first timestep is looked at, wherever it is (on a device once; a tensor there stands for a GPU's)."""
+    scheduler = Scheduler.from_config(HOSTS["table"], sampler="unipc_2")
+
+    class Told(torch.Tensor):
+        """A timestep of another device, which can be read."""
+
+        device = torch.device(where)
+
+    def run(says):
+        scheduler.set_timesteps(6)
+        x = scheduler.add_noise(X, X.flip(0), scheduler.timesteps[3:4])
+        if says:
+            scheduler.set_begin_index(3)
+        for t in scheduler.timesteps[3:]:
+            x = scheduler.step(network(x, t), t.as_subclass(Told), x, return_dict=False)[0]
+        assert scheduler.step_index == 6
+        return x
+
+    assert torch.equal(run(False), run(True))
+
+
+def test_noise_added_for_something_else_does_not_move_the_start():
+    scheduler = Scheduler.from_config(HOSTS["table"])
+    expected = drive(scheduler, X, 6)
+    scheduler.set_timesteps(6)
+    scheduler.add_noise(X, X, scheduler.timesteps[2:3])
+    x = X
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t), t, x, return_dict=False)[0]
+    assert torch.equal(x, expected)
+
+
+def test_timesteps_of_a_flow_are_as_the_network_is_told_them():
+    """PITFALL 47: no shift comes on top; diffusers' own then has levels of other times than it tells."""
+    scheduler = Scheduler.from_config(HOSTS["flow"], sampler="ddim")
+    scheduler.set_timesteps(timesteps=[1000, 600, 200])
+    assert scheduler.timesteps.tolist() == [1000, 600, 200]
+    assert torch.allclose(scheduler.sigmas, torch.tensor([1.0, 0.6, 0.2, 0.0]))
+    scheduler.set_timesteps(3, sigmas=[1.0, 0.6, 0.3, 0.0])
+    assert len(scheduler.timesteps) == 3
+
+
+def test_settings_are_set_and_other_words_are_refused():
+    flow = Scheduler.from_config(HOSTS["flow"], shift=5.0, sampler="ddim")
+    assert flow.config.shift == 5.0
+    flow.set_timesteps(sigmas=[1.0, 0.6])
+    assert float(flow.sigmas[1]) == pytest.approx(3 / 3.4)
+    with pytest.raises(TypeError, match="smapler: no setting of DDIMScheduler, nor one of sampler, grid, calibration"):
+        Scheduler.from_config(HOSTS["table"], smapler="heun")
+    _, rest = Scheduler.from_config(HOSTS["table"], return_unused_kwargs=True, other=1)
+    assert rest == {"other": 1}
+    euler = diffusers.EulerDiscreteScheduler.from_config(diffusers.DDIMScheduler(clip_sample=True).config)
+    assert Scheduler.from_config(euler)._heeds("clip_sample") is None  # carried along, and not Euler's
+
+
+def test_ddim_pipelines_pass_an_eta():
+    scheduler = Scheduler.from_config(HOSTS["table"], sampler="ddim")
+    scheduler.set_timesteps(2)
+    scheduler.step(X, scheduler.timesteps[0], X, eta=0.0, use_clipped_model_output=None)
+    with pytest.raises(ValueError, match="eta = 0.5 is of DDIM"):
+        scheduler.step(X, scheduler.timesteps[1], X, eta=0.5)
 
 
 def test_noise_is_a_function_of_each_samples_generator_or_latents():
@@ -333,7 +418,7 @@ def test_add_noise_is_that_of_the_scheduler_that_was_replaced():
 
 def test_saved_and_loaded(tmp_path):
     host = HOSTS["table"]
-    sde, score = direct(convention(*parts(host)[:2]))
+    sde, score = direct(convention(*parts(host)))
     fitted = calibrate(sde, score, (2, 4, 5, 5), nfe=3, noises=8, iterations=1, batch=4, seed=0)
     for keywords in ({"sampler": "dpmpp_3m", "grid": "karras"}, {"calibration": fitted}):
         scheduler = Scheduler.from_config(host, **keywords)
@@ -356,7 +441,7 @@ def test_what_is_wrong_is_said():
     wrong = [
         (lambda: Scheduler(host, sampler="foo"), "unknown sampler 'foo'"),
         (lambda: Scheduler(host, grid="foo"), "unknown grid 'foo'"),
-        (lambda: Scheduler(alone, grid="host"), "from_config the scheduler itself"),
+        (lambda: Scheduler(alone), "give the scheduler itself"),
         (lambda: Scheduler(diffusers.LCMScheduler()), "LCMScheduler tells no process"),
         (lambda: Scheduler(host).set_timesteps(), "num_inference_steps, timesteps or sigmas"),
         (lambda: Scheduler(host).set_timesteps(1), "at least 2, a step and the denoising"),
@@ -371,6 +456,17 @@ def test_what_is_wrong_is_said():
             lambda: Scheduler(euler, sampler="edm").set_timesteps(timesteps=[500, 300, 100]),
             "adds noise before it evaluates",
         ),
+        (
+            lambda: Scheduler(host, sampler="edm", grid="inner_karras").set_timesteps(8),
+            "adds noise before it evaluates",
+        ),
+        (
+            lambda: Scheduler(flow, sampler="ancestral", grid="inner_karras").set_timesteps(8),
+            "times noise, and pipelines",
+        ),
+        (lambda: Scheduler(euler).set_timesteps(sigmas=[500.0, 5.0, 1.0, 0.0]), "sigmas must be levels of the model"),
+        (lambda: Scheduler(HOSTS["edm"]).set_timesteps(sigmas=[50.0, 5.0]), "EDMEulerScheduler takes no sigmas"),
+        (lambda: Scheduler(euler).set_timesteps(3, sigmas=[9.0, 5.0, 1.0]), "its sigmas end with a 0"),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -143,3 +143,22 @@ def test_an_error_of_the_network_itself_is_raised_as_it_is():
     x = torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="the network's own trouble"):
         log_likelihood(SDE, lambda x, t: -Refuses.apply(x), x)
+
+
+def test_the_choice_of_attention_is_given_back_whoever_leaves_last():
+    """It is the process's: two threads that are within together must not keep each other's."""
+    from sdekit.likelihood.density import _plain_attention
+
+    def flags():
+        kinds = torch.backends.cuda
+        return kinds.flash_sdp_enabled(), kinds.mem_efficient_sdp_enabled(), kinds.math_sdp_enabled()
+
+    before = flags()
+    first, second = _plain_attention(), _plain_attention()
+    first.__enter__()
+    second.__enter__()
+    assert flags()[:2] == (False, False)
+    first.__exit__(None, None, None)
+    assert flags()[:2] == (False, False)
+    second.__exit__(None, None, None)
+    assert flags() == before

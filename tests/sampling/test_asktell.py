@@ -1,5 +1,6 @@
 """A run turned inside out makes what ``sample`` makes."""
 
+import copy
 import re
 
 import pytest
@@ -118,6 +119,44 @@ def test_half_precision_answers_leave_the_state_as_it_is():
     while run.t is not None:
         run.tell(run.x.bfloat16())
     assert run.x.dtype is torch.float32
+
+
+def test_a_rule_may_change_its_state_in_place():
+    @step_rule(evaluations=2)
+    def counting(system, x, t, s, noise, state):
+        state = [] if state is None else state
+        state.append(1)
+        d = system.drift(x, t)
+        return x + (s - t) / 2 * (d + system.drift(x + (s - t) * d, s)) * len(state), state
+
+    sde = VPSDE()
+    score = as_score(network, sde, "eps")
+    x_T = sde.prior_sample((2, 3), seed=1)
+    direct = sample(sde, score, (2, 3), counting, steps=3, x_T=x_T, grid="uniform")
+    assert torch.equal(told(AskTell(sde, x_T, counting, predicts="eps", steps=3, grid="uniform"), score)[0], direct)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "rk4", "dpm_solver_3", "restart", "pc", "unipc_3"])
+def test_a_network_that_writes_its_results_into_one_place(sampler):
+    sde, place = VPSDE(), torch.empty(2, 3)
+    score = as_score(lambda x, t: place.copy_(network(x, t)), sde, "eps")
+    x_T = sde.prior_sample((2, 3), seed=1)
+    direct = sample(sde, score, (2, 3), sampler, steps=4, x_T=x_T, seed=2)
+    assert torch.equal(told(AskTell(sde, x_T, sampler, predicts="eps", steps=4, seed=2), score)[0], direct)
+
+
+def test_the_budget_is_kept_and_a_run_is_not_copied():
+    @step_rule()
+    def two(system, x, t, s, noise, state):
+        return x + (s - t) / 2 * (system.drift(x, t) + system.drift(x, s)), state
+
+    sde = VPSDE()
+    score = as_score(network, sde, "eps")
+    run = AskTell(sde, torch.ones(2, 3), two, predicts="eps", nfe=5, grid="uniform")
+    with pytest.raises(RuntimeError, match="more than the nfe budget of 5 evaluations"):
+        told(run, score)
+    with pytest.raises(TypeError, match="cannot be copied on its way"):
+        copy.deepcopy(run)
 
 
 def test_what_is_wrong_is_said():

@@ -1,5 +1,6 @@
 """What a scheduler's config says of the model that it was made for: process, prediction, and the time told to it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ TABLES = (
 )  # fmt: skip
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+OWN = ("sampler", "grid", "calibration", "replaces")  # of the config of our scheduler
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,32 @@ class Convention:
         return square**-0.5, d**2 / square, self.sign * sigma * d * square**-0.5
 
 
-def parts(scheduler: Any) -> tuple[str, dict[str, Any], bool]:
-    """(class, settings, whether the class is known) of a scheduler or a config.
+def parts(scheduler: Any) -> tuple[str, dict[str, Any]]:
+    """(class, settings) of a scheduler or a config.
 
-    The config of a live scheduler does not name its class; what process it is of can be told from its settings. Raises
-    TypeError for what is neither, ValueError for schedulers of another kind of model.
+    Raises TypeError for what is neither; ValueError for other kinds of model, and for a config that does not name its
+    class (one of a scheduler that was made by hand): several classes with the same settings are of different models.
     """
     config = getattr(scheduler, "config", scheduler)
     if not isinstance(config, Mapping):
         raise TypeError(f"scheduler must be one of diffusers' or its config, got {type(scheduler).__name__}")
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in OWN}
     named = type(scheduler).__name__ if config is not scheduler else config.get("_class_name")
-    name = settings.pop("replaces", None) or named
-    sure = settings.pop("replaces_known", name is not None)
-    if name is None and "sigma_data" in settings:
-        name = EDMS[0]
-    elif name is None and "base_shift" in settings and "beta_schedule" not in settings:
-        name = FLOWS[0]
-    elif name is None and "beta_schedule" in settings and "original_inference_steps" not in settings:
-        name = "DDPMScheduler"
+    name = config.get("replaces") or named
+    if name is None:
+        raise ValueError("this config does not say of which class it is ('_class_name'): give the scheduler itself")
     if name not in (*TABLES, *FLOWS, *EDMS):
-        known = ", ".join((*TABLES, *FLOWS, *EDMS))
-        what = f"scheduler {name}" if name else f"a scheduler with the settings {', '.join(settings)}"
-        raise ValueError(f"{what} tells no process that is known here; known are {known}")
-    return name, settings, sure
+        raise ValueError(f"scheduler {name} tells no process that is known here; {_KNOWN}")
+    return name, settings
+
+
+_KNOWN = f"known are {', '.join((*TABLES, *FLOWS, *EDMS))}"
+
+
+def takes(name: str) -> set[str]:
+    """The settings of diffusers' class of that name; none where it is not there."""
+    kind = getattr(diffusers, name, None)
+    return set() if kind is None else {*inspect.signature(kind.__init__).parameters} - {"self", "kwargs"}
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Any:
@@ -119,7 +123,9 @@ def convention(name: str, settings: Mapping[str, Any], mu: float | None = None) 
         raise ValueError(f"timestep_type {settings['timestep_type']!r} of {name} is not known; 'discrete' is")
     # float32 products are what the models were trained with; where diffusers nudges zero terminal SNR it is 0 again
     square = build(name, settings).alphas_cumprod.double()
-    if settings.get("rescale_betas_zero_snr"):
+    if settings.get("rescale_betas_zero_snr"):  # which not all classes heed
+        known = {key: settings[key] for key in takes("DDPMScheduler") & set(settings)}
+        square = build("DDPMScheduler", known).alphas_cumprod.double()
         square[-1] = 0.0
     n = len(square)
     sde = BetaTable(1 - square / torch.cat([square.new_ones(1), square[:-1]]))
@@ -150,7 +156,7 @@ def _flow(name: str, settings: Mapping[str, Any], mu: float | None) -> Conventio
         linear = settings.get("time_shift_type", "exponential") == "linear"
         shift = mu if linear else float(torch.tensor(mu, dtype=torch.float64).exp())
     sde = RectifiedFlow(_checks.positive(shift, "shift"))
-    sde.data_size = sde.shift  # which grows with the pixels: so must the noise, to hide as much (Esser et al. 2024)
+    sde.unit_level = sde.shift  # which grows with the pixels: so must the noise, to hide as much (Esser et al. 2024)
     return _in_noise(sde, settings.get("num_train_timesteps", 1000))
 
 

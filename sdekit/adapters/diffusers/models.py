@@ -40,7 +40,7 @@ def from_diffusers(
 
     Raises TypeError or ValueError for settings and classes that are not known, by name.
     """
-    name, settings, _ = parts(scheduler)
+    name, settings = parts(scheduler)
     made = convention(name, settings, mu)
     kind = type(model).__name__
     if not callable(model):
@@ -73,8 +73,14 @@ class _Called(nn.Module):
 
     def __init__(self, model: Any, made: Convention) -> None:
         super().__init__()
-        self.model = model
         self._made = made if made.sigma_data is not None else None
+        weights = model.parameters() if isinstance(model, nn.Module) else iter(())
+        weight = next((w for w in weights if w.is_floating_point()), None)
+        self._dtype = None if weight is None else weight.dtype
+        if self._made is not None and weight is not None and weight.dtype.itemsize < 4:
+            # The first weight says in which dtype x comes; at sigma = 80 bfloat16 has no digit of x_0 left.
+            self.wide = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
+        self.model = model
         takes = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
         any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         self._plain = {"return_dict": False} if any_name or "return_dict" in takes else {}
@@ -85,7 +91,7 @@ class _Called(nn.Module):
             return self._said(x, time, conditions)
         sigma = time.reshape(-1, *(1,) * (x.ndim - 1))
         c_in, c_skip, c_out = self._made.precondition(sigma)
-        said = self._said((c_in * x).to(x.dtype), self._made.clock(time), conditions)
+        said = self._said((c_in * x).to(self._dtype or x.dtype), self._made.clock(time), conditions)
         return (c_skip * x + c_out * said).to(x.dtype)
 
     def _said(self, x: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:

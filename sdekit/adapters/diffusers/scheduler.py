@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.adapters.diffusers.conventions import build, convention, parts
+from sdekit.adapters.diffusers.conventions import OWN, build, convention, parts, takes
 from sdekit.adapters.diffusers.times import HOST, host_times, told_by_pipelines
 from sdekit.adapters.diffusers.timetable import Timetable
-from sdekit.adapters.latents import numbers
+from sdekit.adapters.seeds import seeds
 from sdekit.models.thresholding import static_threshold
 from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fixed import SAMPLERS, Plan, as_sampler, plan
 from sdekit.sampling.grids import GRIDS, INNER
-
-_OWN = ("sampler", "grid", "calibration")
 
 
 class Scheduler(SchedulerMixin, ConfigMixin):
@@ -32,7 +31,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     Process and prediction are those of the scheduler that is replaced (:func:`from_diffusers`); ``sampler`` names a row
     of ``SAMPLERS``; ``grid`` its times: None for what suits the sampler, a name in ``GRIDS``, or "host": the levels of
     the scheduler that is replaced, by its own formula, and the times that this tells the network (rounded, where it
-    rounds). A shift that the config has, or makes of the image's size, moves all grids.
+    rounds). A shift that the config has, or makes of the image's size, moves the grids of few steps.
     ``num_inference_steps`` = N times, from the last of which a step leads to t = 0 (the denoising). A step of a sampler
     of ``order`` evaluations is so many entries of ``timesteps``, but for the last: N evaluations for a row of one.
     A ``calibration`` has N = its ``nfe``, and its own times.
@@ -58,8 +57,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         calibration: Calibration | dict[str, Any] | None = None,
     ) -> None:
         """``scheduler``: the one that is replaced, or its config. Raises ValueError for what is not known, by name."""
-        self._replaces, settings, self._sure = parts(scheduler)
-        self._settings = {key: value for key, value in settings.items() if key not in _OWN}
+        self._replaces, self._settings = parts(scheduler)
         row = as_sampler(_checks.lookup(SAMPLERS, sampler, "sampler"))
         if grid is not None:
             _checks.lookup({**GRIDS, **INNER, HOST: None}, grid, "grid")
@@ -68,12 +66,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(f"calibration must be what calibrate or load_calibration returns, got {calibration!r}")
         if fitted is not None and grid is not None:
             raise ValueError(f"a calibration has its own times: leave grid out; got {grid!r}")
-        if grid == HOST and not self._sure:
-            raise ValueError(
-                "grid 'host' needs to know which scheduler it is, and a config alone does not always say: give "
-                "from_config the scheduler itself, pipe.scheduler"
-            )
-        if settings.get("thresholding"):
+        if self._heeds("thresholding"):
             raise ValueError(f"thresholding of {self._replaces} is not known here: set it to False in the config")
         self._calibration, self._sampler, self._grid = fitted, sampler, grid
         self.order = 1 if fitted else max(1, row.rule.evaluations)
@@ -81,12 +74,12 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(
             **self._settings,
             replaces=self._replaces,
-            replaces_known=self._sure,
             sampler=sampler,
             grid=grid,
             calibration=stored,
         )
         self._host = build(self._replaces, self._settings)
+        convention(self._replaces, self._settings, 0.0)  # raises for what is not known
         self._table: Timetable | None = None
         self.timesteps, self.sigmas = self._host.timesteps, torch.zeros(0)
         self.num_inference_steps: int | None = None
@@ -96,14 +89,25 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def from_config(  # type: ignore[override]
         cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """From the scheduler to be replaced or its config, or one of this class; ``kwargs``: what is to be else."""
-        known = {key: kwargs.pop(key) for key in _OWN if key in kwargs}
+        """From the scheduler to be replaced, or its config, or that of one of this class.
+
+        ``kwargs``: what is to be else: sampler, grid, calibration, or a setting. Raises TypeError for other words.
+        """
+        name, settings = parts(config)
         stored = getattr(config, "config", config)
-        own = {key: stored[key] for key in _OWN if "replaces" in stored and key in stored}
-        if "grid" in known or "calibration" in known:  # the one excludes the other
+        own = {key: stored[key] for key in OWN[:3] if "replaces" in stored and key in stored}
+        if "grid" in kwargs or "calibration" in kwargs:  # the one excludes the other
             own = {"sampler": own["sampler"]} if "sampler" in own else {}
-        scheduler = cls(config, **{**own, **known})
+        own |= {key: kwargs.pop(key) for key in OWN[:3] if key in kwargs}
+        settings |= {key: kwargs.pop(key) for key in takes(name) & set(kwargs)}
+        if kwargs and not return_unused_kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: no setting of {name}, nor one of {', '.join(OWN[:3])}")
+        scheduler = cls({**settings, "replaces": name}, **own)
         return (scheduler, kwargs) if return_unused_kwargs else scheduler
+
+    def _heeds(self, key: str) -> Any:
+        """A setting, if the class that is replaced has it: configs carry those of others along."""
+        return self._settings.get(key) if key in takes(self._replaces) else None
 
     def set_timesteps(
         self,
@@ -122,7 +126,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None:
             if given is None:
                 raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
-            num_inference_steps = len(given)
+            num_inference_steps = len(given) - int(sigmas is not None and float(given[-1]) == 0)
         n = _checks.count(num_inference_steps, "num_inference_steps")
         made, denoise = convention(self._replaces, self._settings, mu), True
         told: dict[float, float] = {}
@@ -141,11 +145,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("num_inference_steps must be at least 2, a step and the denoising, got 1")
         else:
             way = plan(made.sde, self._sampler, n - 1, None, self._grid, True, None, None)
-        bound = float(self._settings.get("clip_sample_range", 1.0))
-
-        def change(model: Any) -> Any:
-            return static_threshold(made.sde, model, (-bound, bound)) if self._settings.get("clip_sample") else model
-
+        clipped = self._heeds("clip_sample")
+        bound = float(self._settings.get("clip_sample_range", 1.0)) if clipped else None
+        change = partial(_changed, made.sde, bound)
         self._table = table = Timetable(made, way, denoise, told, change, device)
         self.timesteps, self.sigmas, self.num_inference_steps = table.timesteps, table.sigmas, table.steps
         self._reset()
@@ -162,9 +164,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     def _reset(self) -> None:
         self._run: AskTell | None = None
-        self._handed: Tensor | None = None
+        self._handed: tuple[Tensor, Tensor, int] | None = None  # the state, the copy that was handed out, its version
         self._moved: list[Tensor] = []
-        self._noised = False
+        self._noised: set[float] = set()  # told times
         self._begin_index: int | None = None
         self.step_index: int | None = None
 
@@ -194,14 +196,24 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return (self._begin_index or 0) if self.step_index is None else self.step_index
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+        **others: Any,
     ) -> Any:
         """The next state to evaluate the network at (in the end the sample), in ``sample``'s dtype, from what it said.
 
-        Raises ValueError for a timestep out of turn, a run that is at its end, a begin within a step, and (at the end)
-        for a state that was changed within one.
+        A pipeline that begins in the middle and does not say where (set_begin_index) begins at the first entry that is
+        told ``timestep``. Raises ValueError for a timestep out of turn, a run that is at its end, a begin within a
+        step, an eta, and (at the end) for a state that was changed within a step.
         """
-        table, index = self._set(), self._index
+        if others.get("eta"):
+            raise ValueError(f"eta = {others['eta']:g} is of DDIM: take sampler='ancestral', or another row with noise")
+        table = self._set()
+        index = self._first(table, timestep) if self.step_index is None else self.step_index
         if index >= len(table.told):
             raise ValueError("the run is at its end: call set_timesteps before the next")
         on_device = isinstance(timestep, Tensor) and timestep.device.type != "cpu"  # a look is a wait for it
@@ -210,13 +222,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep must be {want}, got {float(timestep):g}")
         if self._run is None:
             self._run = self._start(table, index, sample, generator)
-        run, moved = self._run, None
-        if self._handed is not None and sample is not self._handed:
-            other = sample != self._handed
-            if run.within:
-                self._moved.append(other.any())  # looked at in the end
-            else:
-                moved = torch.where(other, sample.to(run.x.dtype), run.x)
+        run, moved = self._run, self._changed(sample)
         out = model_output.to(run.x.dtype)
         if sample.ndim > 2 and out.shape[1] == 2 * sample.shape[1]:
             out = out[:, : sample.shape[1]]
@@ -224,24 +230,46 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             _, c_skip, c_out = table.made.precondition(run.t)
             out = c_skip * (run.x if moved is None else moved) + c_out * out
         run.tell(out, moved)
-        self.step_index, self._handed = index + 1, run.x.to(sample.dtype)
+        self.step_index, state = index + 1, run.x.to(sample.dtype)
+        copy = state.clone()  # which the pipeline may change
+        self._handed = state, copy, copy._version
         if run.t is None and self._moved and bool(torch.stack(self._moved).any()):
             raise ValueError(f"the state was changed within a step of {self._sampler}: take a row of one evaluation")
-        return SchedulerOutput(prev_sample=self._handed) if return_dict else (self._handed,)
+        return SchedulerOutput(prev_sample=copy) if return_dict else (copy,)
+
+    def _first(self, table: Timetable, timestep: Any) -> int:
+        """Where a run begins."""
+        if self._begin_index is not None:
+            return self._begin_index
+        told = float(timestep)
+        return next((k for k in table.begins if table.told[k] == told), 0)
+
+    def _changed(self, sample: Tensor) -> Tensor | None:
+        """The state where the pipeline has changed what it was handed, in place or by another tensor; else None."""
+        run, handed = self._run, self._handed
+        if run is None or handed is None or (sample is handed[1] and sample._version == handed[2]):
+            return None
+        other = sample != handed[0]
+        if run.within:
+            self._moved.append(other.any())  # looked at in the end
+            return None
+        return torch.where(other, sample.to(run.x.dtype), run.x)
 
     def _start(self, table: Timetable, index: int, sample: Tensor, generator: Any) -> AskTell:
         if index not in table.begins:
             known = ", ".join(map(str, table.begins))
             raise ValueError(f"begin_index must be where a step evaluates what it begins with, {known}, got {index}")
         x, k = sample.to(torch.promote_types(sample.dtype, torch.float32)), table.begins[index]
-        if self._calibration is not None and (k > 0 or self._noised):
+        noised = table.told[index] in self._noised
+        if self._calibration is not None and (k > 0 or noised):
             raise ValueError("a calibration is of the whole way from noise: start there, or take a row of SAMPLERS")
-        seed, ids = _seeds(generator, x) if table.plan.row.stochastic else (0, None)
-        return table.start(x, k, self._noised, seed, ids)
+        seed, ids = seeds(generator, x) if table.plan.row.stochastic else (0, None)
+        return table.start(x, k, noised, seed, ids)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x_0 + sigma eps at entries of ``timesteps``, () or (B,), like x_0; a run that follows begins there."""
-        self._noised = self._noised or self._run is None
+        if self._run is None:
+            self._noised |= {float(k) for k in torch.as_tensor(timesteps).reshape(-1).tolist()}
         return self._set().noised(original_samples, noise, timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -252,19 +280,6 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return int(self._settings.get("num_train_timesteps", 1000))
 
 
-def _seeds(generator: Any, x: Tensor) -> tuple[int, Sequence[int] | None]:
-    """(seed, ids) of the noise: a seed for all of one generator, and a number for each sample of a list of them.
-
-    Pipelines of flow models hand on none. Then each sample's number is a hash of its latents, which theirs has made.
-    """
-    if generator is None:
-        return 0, numbers(x)
-    if not isinstance(generator, list | tuple):
-        return _number(generator), None
-    if len(generator) != len(x):
-        raise ValueError(f"generator must be one, or one for each of the {len(x)} samples, got {len(generator)}")
-    return 0, [_number(one) for one in generator]
-
-
-def _number(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+def _changed(sde: Any, bound: float | None, model: Any) -> Any:
+    """A model whose x_0 is clipped, where the config says so."""
+    return model if bound is None else static_threshold(sde, model, (-bound, bound))

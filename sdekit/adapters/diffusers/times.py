@@ -39,14 +39,21 @@ def host_times(
     for key, value in (("timesteps", timesteps), ("sigmas", sigmas)):
         if value is None:
             continue
-        if key not in takes:
+        if key not in takes or made.sigma_data is not None:  # EDM's "sigmas" are numbers from 0 to 1
             raise ValueError(f"{name} takes no {key}: leave them out, or replace a scheduler that does")
         listed = [float(v) for v in value]
+        if made.flow and len(listed) == n + 1 and listed[-1] == 0:  # the step to 0 comes by itself
+            listed = listed[:-1]
         if any(b >= a for a, b in pairwise(listed)):
             raise ValueError(f"{key} must decrease, from noise to data; got {listed[:4]} ...")
         if len(listed) != n and not (key == "sigmas" and len(listed) == n + 1 and listed[-1] == 0):
             raise ValueError(f"{key} must be as many as num_inference_steps = {n}, got {len(listed)}")
         chosen[key] = listed
+    if made.flow and "timesteps" in chosen:  # as the network is told them: no shift comes on top
+        told = torch.tensor(chosen["timesteps"], dtype=torch.float64)
+        times = made.time(told)
+        made.sde.t_min = min(made.sde.t_min, float(times[-1]))
+        return times, dict(zip(times.tolist(), told.tolist(), strict=True)), True
     if not chosen:
         chosen["num_inference_steps"] = n
     if mu is not None and "mu" in takes and host.config.get("use_dynamic_shifting"):
@@ -68,6 +75,8 @@ def host_times(
         near = (made.clock(times[: len(told)]) - told).abs() < 1e-3  # the same, but for float32
         if made.sigma_data is None and not made.flow:
             times[: len(told)] = torch.where(near, made.time(told), times[: len(told)])
+    if "sigmas" in chosen and len(told) != n:
+        raise ValueError(f"{name} makes {len(told)} evaluations of these times, not {n}: its sigmas end with a 0")
     if len(times) > 1 and bool((times.diff() >= 0).any()):
         raise ValueError(f"the times of {name} do not decrease: {times.tolist()[:6]} ...")
     made.sde.t_min = min(made.sde.t_min, float(times[-1]))
@@ -80,4 +89,8 @@ def _of_levels(made: Convention, sigmas: Tensor) -> Tensor:
         return made.time(made.steps * sigmas)
     sde = made.sde
     first, last = (sde.half_log_snr(torch.tensor(t, dtype=torch.float64)) for t in (sde.T, sde.t_min))
-    return sde.inverse_half_log_snr((-sigmas.log()).clamp(first, last)).clamp(sde.t_min, sde.T)
+    lam = -sigmas.log()
+    if bool((lam < first - 1e-3).any()) or bool((lam > last + 1e-3).any()):
+        ends = f"{float(torch.exp(-last)):.4g} ... {float(torch.exp(-first)):.4g}"
+        raise ValueError(f"sigmas must be levels of the model's table, {ends}; got {sigmas.tolist()[:6]} ...")
+    return sde.inverse_half_log_snr(lam.clamp(first, last)).clamp(sde.t_min, sde.T)

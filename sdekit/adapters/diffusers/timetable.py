@@ -34,9 +34,16 @@ class Timetable:
         self.made, self.plan, self._denoise, self._change = made, plan, denoise, change
         self.steps = len(plan.times) if denoise else len(plan.times) - 1
         one = torch.ones(1, 1, dtype=torch.float64)
-        run = self._run(plan, one, 0, None)
+        run, drawn = self._run(plan, one, 0, None), float(self._run(plan, torch.zeros_like(one), 0, None).x)
         times: list[float] = []
         self.factor, self.begins = float(run.x), {0: 0}
+        if drawn:
+            raise ValueError("this sampler adds noise before it evaluates, and a pipeline does not: let it start at T")
+        if made.flow and abs(self.factor - 1) > 1e-6:  # whose pipelines hand the noise to the network as it is
+            raise ValueError(
+                f"this run begins at {self.factor:.4g} times noise, and pipelines of flow models do not multiply: take "
+                "a named grid for a sampler with noise (karras), and calibrations that were made by this version"
+            )
         while run.t is not None:
             if not run.within:
                 self.begins.setdefault(len(times), run.done)
@@ -61,13 +68,10 @@ class Timetable:
     def _run(self, plan: Plan, x: Tensor, seed: int, ids: Sequence[int] | None) -> AskTell:
         if len(plan.times) == 1:  # nothing is left but the denoising
             plan = plan._replace(row=Sampler(RULES["ddim"]))
-        run = AskTell.of(
+        return AskTell.of(
             self.made.sde, x, plan, predicts=self.made.predicts, denoise=self._denoise, seed=seed, ids=ids,
             change=self._change,
         )  # fmt: skip
-        if run.within and plan.top == float(plan.times[0]):
-            raise ValueError("this sampler adds noise before it evaluates, and a pipeline does not: let it start at T")
-        return run
 
     def noised(self, x_0: Tensor, noise: Tensor, told: Tensor) -> Tensor:
         """alpha x_0 + sigma noise at entries of ``told``, () or (B,), like x_0."""

@@ -23,6 +23,8 @@ class StepRule:
     ``noise`` has normal(), increment(t, s) and increment_and_integral(t, s), and was told of the step by the loop
     (``enter``): as many draws as a rule likes, all of them that step's own. ``state`` is None at first and whatever
     the rule returned after; it is handed on from step to step and used once, since rules may change it in place.
+    (Where ``system.replayed`` a step is taken again, once for each of its evaluations, from copies of the state whose
+    tensors are not copied: these a rule must then leave as they were.)
 
     ``evaluations``: network evaluations of one step, at most; ``extra``: those that a whole run adds, whatever its
     steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with additive noise.

@@ -112,6 +112,10 @@ class State:
     made: int = 0  # how many of the rows
     asked: bool = False  # for corrections: then a copy of the spent prediction is used up, for they need it too
 
+    def __copy__(self) -> "State":
+        """One that can go on by itself."""
+        return replace(self, history=self.history.copy())
+
 
 def _used(rows: Tensor) -> Tensor:
     """How many entries of each row there are up to the last that is not 0; each would cost a pass over the state."""
@@ -120,8 +124,6 @@ def _used(rows: Tensor) -> Tensor:
 
 def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: State) -> tuple[Tensor, State]:
     """One row."""
-    if system.replayed:
-        state = replace(state, history=state.history.copy())
     if state.made == len(state.rows):
         raise ValueError("a multistep rule takes each step of its grid once; it cannot be repeated on an interval")
     (reach, x_first, spent, factor, added, std, past), moment = state.rows[state.made]
