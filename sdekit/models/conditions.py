@@ -31,7 +31,7 @@ class Conditions:
         here = asked()
         rows, total = (None, x.shape[0]) if here is None else here
         for_rows, key, chosen = self._last
-        if chosen is not None and for_rows is rows and key == (total, x.device):
+        if chosen is not None and for_rows is rows and key == (total, x.shape[0], x.device):
             return chosen
         lengths: list[int] = []
         mapped(lambda y: lengths.append(len(y)) if y.ndim and len(y) != 1 else None, self.all)
@@ -48,7 +48,7 @@ class Conditions:
             return y[rows] if len(y) == total and rows is not None else y
 
         chosen = mapped(choose, self.all)
-        self._last = (rows, (total, x.device), chosen)
+        self._last = (rows, (total, x.shape[0], x.device), chosen)
         return chosen
 
     def __getstate__(self) -> dict[str, Any]:

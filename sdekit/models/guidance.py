@@ -159,12 +159,14 @@ def _by_conditions(
     c, u = (_given(score, condition) for condition in (conditional, unconditional))
     if scale == 1:
         return c
-    if scale == 0 and interval is None and kind is None:
+    if scale == 0 and interval is None and kind is None and mix.func is _line:  # type: ignore[attr-defined]
         return u
     try:
         first, second = (m.conditions.all if m.conditions is not None else ((), {}) for m in (c, u))
         joined(first, second)
-        one = together is not False and c.network is u.network
+        one = together is not False and c.speaks_like(u)
+        if together and not one:
+            raise ValueError("together=True needs two conditions of one network, wrapped alike: leave together out")
     except ApartError:
         if together:
             raise
@@ -186,7 +188,7 @@ def _line(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 def _rescaled(c: Tensor, u: Tensor, scale: float, share: float) -> Tensor:
     out = _line(c, u, scale)
-    wanted, got = (y.reshape(len(y), -1).std(1, correction=0) for y in (c, out))
+    wanted, got = (_wide(y).reshape(len(y), -1).std(1, correction=0) for y in (c, out))
     factor = torch.where(got > 0, wanted / got, 1.0)
     return out * each(share * factor + (1 - share), out)
 
@@ -205,7 +207,12 @@ def _zero_star(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).reshape(len(a), -1).sum(1)
+    return (_wide(a) * _wide(b)).reshape(len(a), -1).sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which a sum over an image neither overflows nor loses its digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scale(scale: Any) -> float:

@@ -202,6 +202,7 @@ def band(interval: Any) -> tuple[float, float]:
 
 def each(factor: Tensor, x: Tensor) -> Tensor:
     """A number for each sample, (B,), as it multiplies x."""
+    factor = factor.to(x.dtype) if factor.is_floating_point() else factor
     return factor.reshape(-1, *(1,) * (x.ndim - 1))
 
 

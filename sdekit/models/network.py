@@ -86,6 +86,11 @@ class NetworkScore:
         a, b = to_score(self.predicts, self.sde, time)
         return expand(a, x) * self.output(x, time) + expand(b, x) * x
 
+    def speaks_like(self, other: "NetworkScore") -> bool:
+        """Whether both are of one network, wrapped alike: conditions may differ."""
+        mine, its = ((m.network, m.sde, m.predicts, m._time, m._take) for m in (self, other))
+        return all(a is b or a == b for a, b in zip(mine, its, strict=True))
+
     def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
         """What the network's clock says of the times of a loop, asked for all at once: numbers where it can tell by
         itself what they are for a batch, else tensors (B, ...).

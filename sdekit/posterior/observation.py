@@ -74,24 +74,27 @@ class Observation:
 
     def _probe(self, x: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            draw = Noise(torch.empty(2, *x.shape[1:], dtype=x.dtype, device=x.device), 0, purpose="probe")
+            dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse to tell
+            draw = Noise(torch.empty(2, *x.shape[1:], dtype=dtype, device=x.device), 0, purpose="probe")
             u, v = draw.normal(), draw.normal()
             of_u, of_v, of_both, of_none = (self._called(z) for z in (u, v, u + v, 0 * u))
             self._fit(tuple(of_u.shape[1:]))
-            tolerance = 10 * torch.finfo(x.dtype).eps ** 0.5
+            tolerance = 10 * torch.finfo(dtype).eps ** 0.5
             size = float((of_u - of_none).norm() + (of_v - of_none).norm())
             off = float((of_both + of_none - of_u - of_v).norm())
             self.linear = off <= tolerance * max(size, float(of_none.norm()))
             self._constant = of_none[:1].reshape(1, -1) if of_none.any() else None
             self.entries = math.prod(of_u.shape[1:])
             if self._adjoint is not None:
-                back = self._adjoint(of_v)
+                # <A u, w> of a w that has A u in it: of independent draws both sides are small, whatever the adjoint
+                of_u, w = of_u - of_none, of_u + of_v - 2 * of_none
+                back = self._adjoint(w)
                 if not isinstance(back, Tensor) or back.shape != x[:1].expand(2, *x.shape[1:]).shape:
                     got = tuple(back.shape) if isinstance(back, Tensor) else type(back).__name__
                     raise ValueError(f"adjoint must return x's shape {(2, *x.shape[1:])} for two samples, got {got}")
-                first, second = float(((of_u - of_none) * of_v).sum()), float((u * back).sum())
+                first, second = (float((a.double() * b.double()).sum()) for a, b in ((of_u, w), (u, back)))
                 apart = abs(first - second)
-                if not apart <= tolerance * float(of_u.norm() * of_v.norm() + u.norm() * back.norm()):
+                if not apart <= 1e3 * torch.finfo(dtype).eps * float(of_u.norm() * w.norm() + u.norm() * back.norm()):
                     raise ValueError(
                         f"adjoint is not A's: for random u and w, <A u, w> = {first:g} and <u, adjoint(w)> = "
                         f"{second:g}, off by {100 * apart / max(abs(first), abs(second)):.3g} %; leave it out, and "

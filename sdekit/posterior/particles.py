@@ -4,7 +4,7 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -279,13 +279,18 @@ class Moved:
 
 
 def _of(rows: Tensor, past: Any) -> Any:
-    """A rule's state, or a tensor, of the particles ``rows``."""
+    """A rule's state, or a tensor, of the particles ``rows``: tensors of all particles, also in containers."""
     if isinstance(past, Tensor):
-        return past[rows]
+        return past[rows] if past.ndim and len(past) == len(rows) else past
     if isinstance(past, deque):
-        return deque(y[rows] for y in past)
+        return deque((_of(rows, y) for y in past), past.maxlen)
     if isinstance(past, tuple):
-        return tuple(_of(rows, y) for y in past)
-    if is_dataclass(past) and not isinstance(past, type) and hasattr(past, "history"):
-        return replace(past, history=_of(rows, past.history))
+        parts = [_of(rows, y) for y in past]
+        return type(past)(*parts) if hasattr(past, "_fields") else tuple(parts)
+    if isinstance(past, list):  # a tuple in a list is a row of a table, the same for all
+        return [y if isinstance(y, tuple) else _of(rows, y) for y in past]
+    if isinstance(past, dict):
+        return {key: _of(rows, y) for key, y in past.items()}
+    if is_dataclass(past) and not isinstance(past, type):
+        return replace(past, **{f.name: _of(rows, getattr(past, f.name)) for f in fields(past) if f.init})
     return past

@@ -44,6 +44,8 @@ def replaced(rule: StepRule, mask: Tensor, y: Tensor, *, std: float = 0.0, repea
             if spare >= 0:
                 known = (n.alpha * y.to(x)).expand_as(x) + spare**0.5 * noise.normal()
                 x = torch.where(mask.to(x.device), known, x)
+            else:  # below the observation's own noise it says nothing new, and more trips would forget what it said
+                break
             if left:
                 a, b = (expand(c, x) for c in system.sde.transition(s, t))
                 x = a * x + b * noise.normal()

@@ -43,7 +43,8 @@ def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
         if dense and local.off.shape[1] <= DENSE:
             va, ava = local.columns()
             # A network's V is neither symmetric nor positive to rounding: the nearest that is.
-            ev, u = torch.linalg.eigh((ava + ava.mT) / 2)
+            wide = torch.promote_types(ava.dtype, torch.float32)
+            ev, u = (y.to(ava.dtype) for y in torch.linalg.eigh((ava + ava.mT).to(wide) / 2))
             s = 1 + ev.clamp_min(0.0)
             z = torch.einsum("bij,bi->bj", u, local.off)
             w = torch.einsum("bij,bj->bi", u, z / s * local.reached(ev.clamp_min(0.0), u))

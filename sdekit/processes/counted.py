@@ -129,14 +129,14 @@ def counting() -> Iterator[list[int]]:
 class MoreCallsError(RuntimeError):
     """An evaluation has made more network calls than a budget was made for; ``model`` is the one that says so."""
 
-    def __init__(self, model: Model, calls: int) -> None:
+    def __init__(self, model: Model, calls: int, spent: int) -> None:
         super().__init__(
             f"the score calls networks {calls} times an evaluation, which the budget does not know: give it the "
             f"attribute calls = {calls}, or make it by sdekit.guidance"
         )
         known: Any = copy.copy(model)
         known.calls = calls
-        self.model, self.calls = known, calls
+        self.model, self.spent = known, spent
 
 
 def remade(model: Model) -> Callable[..., Tensor]:
@@ -233,7 +233,7 @@ class Counted:
         if calls > self.calls:
             self.calls = calls
             if self.budget is not None:
-                raise MoreCallsError(self.model, calls)
+                raise MoreCallsError(self.model, calls, self.nfe)
         return out
 
     def _make_room(self, out: Tensor) -> None:

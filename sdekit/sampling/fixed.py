@@ -174,7 +174,7 @@ def sample(
             differentiable=differentiable,
         )  # fmt: skip
     except MoreCallsError as more:
-        return again(score=more.model, nfe=int(nfe or 0) - more.calls, device=device or getattr(score, "device", None))
+        return again(score=more.model, nfe=int(nfe or 0) - more.spent, device=device or getattr(score, "device", None))
     except ValueError:
         system.model.check()  # the state that is not finite is what an evaluation before the first step made of it
         raise

@@ -411,3 +411,45 @@ def test_a_mixture_as_the_model_inside():
     )
     x = SDE.prior_sample((5, 2), seed=2, dtype=torch.float64)
     torch.testing.assert_close(guided(x, 0.2), one.score(SDE)(x, 0.2), rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_sums_over_large_images_do_not_overflow():
+    sde = VPSDE()
+    score = as_score(lambda x, t, label: 0.5 * x + 0.1 * label.reshape(-1, 1, 1, 1).to(x), sde, "eps")
+    x = torch.randn(1, 4, 160, 160, generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(1), torch.zeros(1)
+    for make in (guidance.apg, guidance.cfg_zero_star):
+        model = make(score, *labels, 3.0)
+        exact = model(x.double(), 0.5)
+        got = model(x.half(), 0.5)
+        assert torch.isfinite(got).all()
+        assert float((got.double() - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+def test_one_call_is_of_two_conditions_of_models_that_are_wrapped_alike():
+    sde = VPSDE()
+
+    def network(x, t, label):
+        return 0.5 * x + label.reshape(-1, 1).to(x)
+
+    c = as_score(network, sde, "eps").given(torch.ones(2))
+    u = as_score(network, sde, "x0").given(torch.zeros(2))
+    x = torch.ones(2, 3, dtype=torch.float64)
+    base = as_score(network, sde, "eps")
+    found = guidance.classifier_free(base, c, u, 2.0)(x, 0.5)
+    assert torch.allclose(found, u(x, 0.5) + 2 * (c(x, 0.5) - u(x, 0.5)))
+    with pytest.raises(ValueError, match="wrapped alike"):
+        guidance.classifier_free(base, c, u, 2.0, together=True)
+
+
+def test_a_budget_holds_where_later_evaluations_call_more():
+    """The closure is found out in the middle: what was spent by then is spent."""
+    sde, calls = VPSDE(), []
+    one = as_score(lambda x, t: (calls.append(1), 0.5 * x)[1], sde, "eps")
+
+    def closure(x, t):
+        level = float(sde.sigma(t) / sde.alpha(t))
+        return one(x, t) if level > 0.5 else (one(x, t) + one(x, t)) / 2
+
+    sample(sde, closure, (2, 3), "dpmpp_2m", nfe=20, grid="karras", seed=0)
+    assert len(calls) <= 20

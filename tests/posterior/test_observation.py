@@ -136,3 +136,13 @@ X = draw(3, 6)
 def test_bad_input_is_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+@pytest.mark.parametrize("wrong", [lambda u: 2 * u, lambda u: 0 * u, lambda u: u.flip(-1)], ids=["2 u", "0", "flip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_adjoint_is_seen_on_pictures_too(wrong, dtype):
+    """<A u, w> of independent draws is small beside |A u||w|, the more so the more entries there are: any passed."""
+    x = torch.zeros(1, 3, 64, 64, dtype=dtype)
+    with pytest.raises(ValueError, match="adjoint is not A's"):
+        Observation(x[0], lambda x: x, 0.1, adjoint=wrong).check(x)
+    Observation(x[0], lambda x: x, 0.1, adjoint=lambda u: u).check(x)

@@ -108,3 +108,15 @@ def test_predictor_and_corrector_take_it_too():
 def test_bad_input_is_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_repeats_do_not_forget_what_was_seen_with_noise():
+    """N(0, .36) seen as 1 with std .3: the posterior is .8 +- .268, which trips below that level mixed away (.23)."""
+    sde, n = VPSDE(), 3000
+    data = GaussianMixture([[0.0]], [[[0.36]]]).score(sde)
+    y = torch.ones(1, dtype=torch.float64)
+    for repeats in (1, 3):
+        rule = replaced(RULES["ancestral"], torch.tensor([True]), y, std=0.3, repeats=repeats)
+        x = sample(sde, data, (n, 1), rule, steps=60, grid="karras", seed=0, dtype=torch.float64)
+        assert abs(float(x.mean()) - 0.8) < 0.06
+        assert abs(float(x.std()) - 0.268) < 0.06
