@@ -1,6 +1,8 @@
 """diffusers' configs and networks as (process, score)."""
 
+import importlib
 import pickle
+import sys
 from pathlib import Path
 
 import diffusers
@@ -162,6 +164,16 @@ def test_a_trained_network_of_diffusers_needs_no_other_word(trained):
     assert round_trip_error(sde, score, flow, rtol=1e-3, atol=1e-3).max() < 0.05
     likelihood = log_likelihood(sde, score, flow, divergence="hutchinson", seed=0, rtol=1e-2, atol=1e-2)
     assert torch.isfinite(likelihood.log_prob).all()
+
+
+def test_without_diffusers_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in [name for name in sys.modules if name.startswith("sdekit.adapters.diffusers")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        ImportError, match=r"^sdekit.adapters.diffusers needs diffusers: pip install 'sdekit\[diffusers\]'$"
+    ):
+        importlib.import_module("sdekit.adapters.diffusers")
 
 
 def test_every_class_of_diffusers_is_known_or_refused_by_name():
