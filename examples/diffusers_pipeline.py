@@ -33,7 +33,7 @@ pipe.scheduler = Scheduler.from_config(own, calibration=four)
 draws["calibrated to the model, 4 steps"] = images(4)
 
 noise = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))  # what the pipeline starts from
-direct = sample(sde, score, noise.shape, four, x_T=noise * float(sde.sigma(sde.T)))
+direct = sample(sde, score, noise.shape, four, x_T=noise * pipe.scheduler.init_noise_sigma)
 apart = (draws["calibrated to the model, 4 steps"] - (direct[:, 0] / 2 + 0.5).clamp(0, 1)).abs().max()
 print(f"pipeline and direct call differ by {apart:.1e}")
 

@@ -59,7 +59,13 @@ def test_the_starts_run(quick, capsys):
         return SimpleNamespace(sample=0.1 * x)
 
     pipe = SimpleNamespace(unet=lambda x, timestep: 0.1 * x, scheduler=DDPMScheduler())
-    names = {"network": network, "pipe": pipe, "velocity": velocity, "shape": (4, 3, 8, 8)}
+    names = {
+        "network": network,
+        "pipe": pipe,
+        "text": torch.zeros(16, 1, 4),
+        "velocity": velocity,
+        "shape": (4, 3, 8, 8),
+    }
     starts = blocks("README.md", "python")
     assert len(starts) == 6
     for code in starts:

@@ -138,6 +138,8 @@ def test_conditions_the_first_half_of_learned_variance_and_pickles():
     _, _, given, as_dict = network.calls[0]
     assert torch.equal(given, text)
     assert as_dict is False
+    with pytest.raises(TypeError, match="go by name"):
+        score.given(text).output(x, torch.tensor(1.0))
     again = pickle.loads(pickle.dumps(score))
     assert torch.equal(again(x, 0.5), score(x, 0.5))
     _, flow = from_diffusers(named("UNet2DModel"), diffusers.FlowMatchEulerDiscreteScheduler())

@@ -85,8 +85,10 @@ class _Called(nn.Module):
         any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         self._plain = {"return_dict": False} if any_name or "return_dict" in takes else {}
 
-    def forward(self, x: Tensor, time: Tensor, **conditions: Any) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, *unnamed: Any, **conditions: Any) -> Tensor:
         """The prediction, like x."""
+        if unnamed:
+            raise TypeError("conditions of a network of diffusers go by name: score.given(encoder_hidden_states=...)")
         if self._made is None:
             return self._said(x, time, conditions)
         sigma = time.reshape(-1, *(1,) * (x.ndim - 1))
