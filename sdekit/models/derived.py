@@ -15,12 +15,12 @@ from sdekit.system import Score, as_time, expand
 class Derived:
     """A model of the kind and the process of the one inside; ``device``, ``event``, ``data_range`` and ``levels`` too.
 
-    ``calls``: the network calls of one evaluation, at most.
+    ``network_calls``: those of one evaluation, at most.
     """
 
     def __init__(self, score: Score, inside: Model, calls: int | None = None) -> None:
         self.inside, self.sde, self.predicts = inside, inside.sde, inside.predicts
-        self.calls: int = getattr(inside, "calls", 1) if calls is None else calls
+        self.network_calls: int = getattr(inside, "network_calls", 1) if calls is None else calls
         self.event: tuple[int, ...] | None = getattr(score, "event", None)
         self.data_range: tuple[float, float] | None = getattr(score, "data_range", None)
         self.levels: int | None = getattr(score, "levels", None)
@@ -53,7 +53,7 @@ class Scores:
     """A function of scores that tell no process, which is then a score and no model."""
 
     def __init__(self, made: Derived) -> None:
-        self.made, self.calls = made, made.calls
+        self.made, self.network_calls = made, made.network_calls
 
     @property
     def device(self) -> torch.device | None:

@@ -23,7 +23,7 @@ class Apart:
 
     def __init__(self, strong: Model, weak: Model) -> None:
         self.strong, self.weak = strong, weak
-        self.calls: int = getattr(strong, "calls", 1) + getattr(weak, "calls", 1)
+        self.network_calls: int = getattr(strong, "network_calls", 1) + getattr(weak, "network_calls", 1)
         self._alike = strong.predicts == weak.predicts and strong.sde is weak.sde
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
@@ -55,7 +55,7 @@ class Apart:
 class Together:
     """What a network says under two conditions, by one call of twice the samples."""
 
-    calls = 1
+    network_calls = 1
 
     def __init__(self, strong: NetworkScore, weak: NetworkScore) -> None:
         self.strong, self.weak = strong, weak
@@ -94,7 +94,7 @@ class Guided(Derived):
     def __init__(
         self, pair: Apart | Together, mix: Mix, interval: Any = None, kind: str | None = None, quiet: float = math.inf
     ) -> None:
-        super().__init__(pair.strong, pair.strong, pair.calls)  # type: ignore[arg-type]
+        super().__init__(pair.strong, pair.strong, pair.network_calls)  # type: ignore[arg-type]
         self.pair, self._mix, self._band, self._quiet = pair, mix, band(interval), quiet
         self._kind = None if kind == self.predicts and math.isinf(quiet) else kind
         if self.sde is None and (self._kind or interval is not None):

@@ -17,7 +17,7 @@ class Model(Protocol):
 
     predicts: str  # the kind, a name in KINDS
     sde: Any  # the process of its numbers
-    # calls: int, if it has this: the network calls of an evaluation, at most; 1 unless it says so
+    # network_calls: int, if it has this: the network calls of an evaluation, at most; 1 unless it says so
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What it says, like x, at time, 0-d or (B,), float64; ``ready``: what it made of the time beforehand."""
@@ -32,7 +32,7 @@ class Plain:
     predicts = "score"
 
     def __init__(self, score: Callable[[Tensor, Any], Tensor], sde: Any) -> None:
-        self.score, self.sde, self.calls = score, sde, getattr(score, "calls", 1)
+        self.score, self.sde, self.network_calls = score, sde, getattr(score, "network_calls", 1)
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         """The score."""
@@ -132,10 +132,10 @@ class MoreCallsError(RuntimeError):
     def __init__(self, model: Model, calls: int, spent: int) -> None:
         super().__init__(
             f"the score calls networks {calls} times an evaluation, which the budget does not know: give it the "
-            f"attribute calls = {calls}, or make it by sdekit.guidance"
+            f"attribute network_calls = {calls}, or make it by sdekit.guidance"
         )
         known: Any = copy.copy(model)
-        known.calls = calls
+        known.network_calls = calls
         self.model, self.spent = known, spent
 
 
@@ -162,8 +162,8 @@ class Counted:
     """Every evaluation of a model counted, bounded by a budget, and checked.
 
     ``nfe`` is the number of network calls, whatever their batch, and ``rows`` that of the samples in them, counted at
-    the networks that :func:`as_score` has made, in whatever closure, or 1 where there are none. ``calls``: how many an
-    evaluation makes, as far as is known. A result of another shape or of a dtype
+    the networks that :func:`as_score` has made, in whatever closure, or 1 where there are none.
+    ``network_calls``: how many an evaluation makes, as far as is known. A result of another shape or of a dtype
     that is not floating raises at once; a non-finite one raises FloatingPointError that names t,
     at once for per-sample times and within 64 evaluations otherwise (looking at every value would
     make a GPU wait). Past ``budget`` calls it raises RuntimeError instead of calling, and MoreCallsError once an
@@ -173,7 +173,7 @@ class Counted:
 
     def __init__(self, model: Model, budget: int | None = None) -> None:
         self.model, self.budget, self.nfe, self.rows, self.remake = model, budget, 0, 0, False
-        self.calls: int = getattr(model, "calls", 1)
+        self.network_calls: int = getattr(model, "network_calls", 1)
         self._times: list[Tensor] = []  # of the evaluations since the last check
         self._sums = torch.zeros(0)  # theirs, in one piece of memory: scattered, they would break up the heap
         self._slots: tuple[Tensor, ...] = ()
@@ -190,7 +190,7 @@ class Counted:
             (at, version, t, known), self.told = self.told, None
             if x is at and _version(x) == version and moment.time.ndim == 0 and float(moment.time) == t:
                 return known
-        if self.budget is not None and self.nfe + self.calls > self.budget:
+        if self.budget is not None and self.nfe + self.network_calls > self.budget:
             raise RuntimeError(f"the step rule needs more than the nfe budget of {self.budget} evaluations")
         compiling = torch.compiler.is_compiling()
         out = self._ask(x, moment, compiling)
@@ -219,7 +219,7 @@ class Counted:
     def _ask(self, x: Tensor, moment: Moment, compiling: bool) -> Tensor:
         output = remade(self.model) if self.remake else self.model.output
         if compiling:  # what a trace writes down is no count
-            self.nfe, self.rows = self.nfe + self.calls, self.rows + self.calls * len(x)
+            self.nfe, self.rows = self.nfe + self.network_calls, self.rows + self.network_calls * len(x)
             return output(x, moment.time, moment.ready)
         made = [0, 0]
         token = _made.set(made)
@@ -230,8 +230,8 @@ class Counted:
             calls = made[0] or 1
             self.nfe += calls
             self.rows += made[1] or x.shape[0]
-        if calls > self.calls:
-            self.calls = calls
+        if calls > self.network_calls:
+            self.network_calls = calls
             if self.budget is not None:
                 raise MoreCallsError(self.model, calls, self.nfe)
         return out

@@ -78,7 +78,7 @@ def calibrate(
                 coefficients=coefficients, seed=seed, device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
     _checks.instance(sde)
-    calls: int = getattr(as_model(score, sde), "calls", 1)
+    calls: int = getattr(as_model(score, sde), "network_calls", 1)
     nfe = _checks.count(nfe, "nfe", minimum=2 * calls) // calls
     noises, batch = _checks.count(noises, "noises", minimum=2), _checks.count(batch, "batch")
     iterations = _checks.count(iterations, "iterations")

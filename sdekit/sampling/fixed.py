@@ -130,9 +130,8 @@ def sample(
 
     A bare step rule runs on the probability flow; ``Sampler(rule, churn=1.0)`` puts it on the reverse SDE.
     ``steps``: steps of the grid (default the sampler's, 1000 with noise and 50 without), or ``nfe``: a budget of
-    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken). Guidance
-    that calls two networks takes two of them a time; a closure that does is found out by its first evaluation, which is
-    lost unless it says so beforehand (``closure.calls = 2``).
+    network evaluations that is never exceeded (the final denoising counts; as many steps as fit are taken). A closure
+    of two networks takes two a time, and is found out at a loss unless it says so (``closure.network_calls = 2``).
     ``grid``: None for what suits process and sampler, a name in ``GRIDS``, a callable (sde, steps) or a
     decreasing tensor of times in [t_min, T]; one that goes on to 0 ends with the denoising, which is that step. What
     suits few steps (:func:`sdekit.sampling.grids.inner`) begins below T, where an analytic first step leads
@@ -158,7 +157,8 @@ def sample(
     )  # fmt: skip
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
-    row, times, top, scale = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T, getattr(score, "calls", 1))
+    each = getattr(score, "network_calls", 1)
+    row, times, top, scale = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T, each)
     system = sde.reverse(score, row.churn)
     system.model.budget = nfe
     first, drawn = float(times[0]), sde.T if isinstance(sampler, Calibration) else top

@@ -121,7 +121,7 @@ def test_classifier_free_guidance_is_a_line_between_scores_in_every_kind(predict
     score = gaussian(sde, predicts)
     guided = guidance.classifier_free(score, labels, none, 2.5, together=together)
     assert guided.predicts == predicts
-    assert guided.calls == 2 - together
+    assert guided.network_calls == 2 - together
     x = sde.prior_sample((3, 2), seed=0, dtype=torch.float64)
     for t in (0.05, 0.5, 0.9):
         want = exact(sde, x, t, 2.5 * MEANS[labels][:, None] - 1.5 * MEANS[3])
@@ -190,7 +190,7 @@ def test_calls_of_guidance_are_counted_and_budgets_hold(make):
         grid = {"grid": "karras"} if name == "restart" else {}
         sample(SDE, guided, (3, 2), name, nfe=40, seed=0, **grid)
         assert len(calls) <= 40
-        assert len(calls) > 15 / guided.calls
+        assert len(calls) > 15 / guided.network_calls
     system = SDE.probability_flow(guided)
     calls.clear()
     x = SDE.prior_sample((3, 2), seed=0)
@@ -329,7 +329,7 @@ def test_conditions_of_other_shapes_take_two_calls():
     score = as_score(network, SDE, "eps")
     x = torch.ones(3, 2)
     guided = guidance.classifier_free(score, (torch.tensor([1, 2, 3]),), None, 2.0)
-    assert guided.calls == 2
+    assert guided.network_calls == 2
     system = SDE.probability_flow(guided)
     torch.testing.assert_close(system.model(x, system.at(0.5, x).time), 2 * x * torch.tensor([[1], [2], [3]]) - x)
     assert calls == [3, 3]
@@ -337,11 +337,11 @@ def test_conditions_of_other_shapes_take_two_calls():
     with pytest.raises(ValueError, match="same shapes to go into one call"):
         guidance.classifier_free(score, 1, None, 2.0, together=True)
     one = guidance.classifier_free(score, {"labels": torch.tensor([1, 2, 3])}, {"labels": torch.tensor([0])}, 2.0)
-    assert one.calls == 1
+    assert one.network_calls == 1
     torch.testing.assert_close(one.output(x, torch.tensor(0.5)), 2 * x * torch.tensor([[1], [2], [3]]))
-    assert guidance.classifier_free(score, 1, 0, 2.0).calls == 1
-    assert guidance.classifier_free(score, (1, 2), (1,), 2.0).calls == 2
-    assert guidance.classifier_free(score, score.given(1, scale=2.0), score.given(0, scale=1.0), 2.0).calls == 2
+    assert guidance.classifier_free(score, 1, 0, 2.0).network_calls == 1
+    assert guidance.classifier_free(score, (1, 2), (1,), 2.0).network_calls == 2
+    assert guidance.classifier_free(score, score.given(1, scale=2.0), score.given(0, scale=1.0), 2.0).network_calls == 2
 
 
 @pytest.mark.parametrize("make", [g for name, g in GUIDED.items() if name != "classifier"])

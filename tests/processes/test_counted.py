@@ -39,7 +39,7 @@ def test_a_budget_holds_for_a_closure_of_two_networks(name, says):
         return networks.guided(x, t)
 
     if says:
-        guided.calls = 2
+        guided.network_calls = 2
     nfe = 2 * (SAMPLERS[name].rule.extra + 3 * SAMPLERS[name].rule.evaluations + 1) + 2 * (not says)
     x = sample(SDE, guided, (3, 2), name, nfe=nfe, grid="karras", seed=0)
     assert nfe - 4 < len(networks.rows) <= nfe
@@ -101,7 +101,7 @@ def test_a_calibration_of_guidance_that_says_what_it_makes():
     def guided(x, t):
         return networks.guided(x, t)
 
-    guided.calls = 2
+    guided.network_calls = 2
     made = calibrate(SDE, guided, (1, 2), nfe=8, noises=8, iterations=2, batch=4)
     assert made.nfe == 4
     networks.rows.clear()
