@@ -169,7 +169,7 @@ PRINTS = {
     "quickstart.py": [(r"data: (-?[\d.]+) nats", -1.02, 0.1)],
     "diffusers_model.py": [(r"sdekit, 6 evaluations: ([\d.]+)", 0.08, 0.01),
                            (r"DDIM, 6 evaluations: ([\d.]+)", 0.144, 0.01)],
-    "diffusers_pipeline.py": [(r"differ by ([\d.e-]+)", 0.0, 1e-4)],
+    "diffusers_pipeline.py": [(r"differ by ([\d.e+-]+)", 0.0, 1e-4)],
     "extend.py": [(r"rule: std ([\d.]+)", 1.020, 0.03), (r"weight 0.0: mean ([\d.]+)", 1.0, 0.02),
                   (r"weight 0.0: mean [\d.]+, std ([\d.]+)", 0.2, 0.02)],
 }  # fmt: skip

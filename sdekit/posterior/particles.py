@@ -83,7 +83,9 @@ def posterior_sample(
     ``method``'s (:func:`posterior_score`, with its ``options``); p~(y|x_0) is exact, in the last weights. Where the
     weights leave fewer than ``resample`` x particles of a sample, these are drawn anew from them (systematically).
     So for a growing number of particles the draws are the sampler's own, given y: what is left is the error of its
-    steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more.
+    steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more. Networks that
+    predict eps err sigma/alpha times in x_0, and its square times in V: near T their draws may be of any size, so look
+    at them; those that predict v, x_0 or flow are safe.
 
     ``steps`` (100 unless the grid is a tensor) and ``grid`` as in :func:`sdekit.sample`; x_0 = E[x_0|x] at the last
     time. ``chunk``: particles that go through the network together, as memory and its caches suggest unless given;
