@@ -136,7 +136,7 @@ class _Run:
     ) -> None:
         self.made, self.row, self.k, self.least = made, row, k, resample * k
         seed = secrets.randbits(63) if seed is None else seed  # one for all that is drawn
-        self.noise = Moved(Noise(like, seed, own))
+        self.noise = Moved(like, seed, own)
         self.choose = Noise(torch.empty(len(ids), 1, dtype=torch.float64), seed, ids, purpose="resample")
         self.log_w = torch.zeros(len(ids), k, dtype=torch.float64, device=like.device)
         self.log_z = self.log_w[:, 0].clone()
@@ -244,17 +244,11 @@ class _Run:
         return (rows + k * torch.arange(b, device=rows.device)[:, None]).reshape(-1)
 
 
-class Moved:
+class Moved(Noise):
     """Noise whose first draw of a step is moved; ``ratio`` (n,): log of how much more likely it was unmoved."""
 
-    def __init__(self, noise: Noise) -> None:
-        self._noise = noise
-        self._by: Tensor | None = None
-        self.ratio: Tensor = torch.zeros(0)
-
-    def enter(self, t: float, s: float) -> None:
-        """As :meth:`Noise.enter`."""
-        self._noise.enter(t, s)
+    _by: Tensor | None = None
+    ratio: Tensor = torch.zeros(0)
 
     def move(self, by: Tensor) -> None:
         """By this, like the noise, the next draw."""
@@ -262,22 +256,12 @@ class Moved:
 
     def normal(self) -> Tensor:
         """As :meth:`Noise.normal`, moved if it is the first since :meth:`move`."""
-        z, by, self._by = self._noise.normal(), self._by, None
+        z, by, self._by = super().normal(), self._by, None
         if by is None:
             return z
         flat, d = z.double().reshape(len(z), -1), by.double().reshape(len(z), -1)
         self.ratio = -(flat * d).sum(1) - 0.5 * d.square().sum(1)
         return z + by
-
-    def increment(self, t: float, s: float) -> Tensor:
-        """As :meth:`Noise.increment`."""
-        return self.normal().mul_(abs(s - t) ** 0.5)
-
-    def increment_and_integral(self, t: float, s: float) -> tuple[Tensor, Tensor]:
-        """As :meth:`Noise.increment_and_integral`."""
-        dW = self.increment(t, s)
-        rest = self.normal().mul_((s - t) * abs(s - t) ** 0.5 / math.sqrt(12))
-        return dW, rest.add_(dW, alpha=(s - t) / 2)
 
 
 def _of(rows: Tensor, past: Any) -> Any:
