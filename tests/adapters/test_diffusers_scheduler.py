@@ -471,5 +471,7 @@ def test_what_is_wrong_is_said():
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(ValueError, match="a calibration is a sampler of its own: leave sampler out; got 'heun'"):
+        Scheduler(host, sampler="heun", calibration={})
     with pytest.raises(TypeError, match="calibration must be what calibrate or load_calibration returns"):
         Scheduler(host, calibration="six.json")

@@ -52,13 +52,16 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         scheduler: Any,
-        sampler: str = "unipc_2",
+        sampler: str | None = None,
         grid: str | None = None,
         calibration: Calibration | dict[str, Any] | None = None,
     ) -> None:
         """``scheduler``: the one that is replaced, or its config. Raises ValueError for what is not known, by name."""
         self._replaces, self._settings = parts(scheduler)
-        row = as_sampler(_checks.lookup(SAMPLERS, sampler, "sampler"))
+        if sampler is not None and calibration is not None:
+            raise ValueError(f"a calibration is a sampler of its own: leave sampler out; got {sampler!r}")
+        sampler = sampler or (None if calibration is not None else "unipc_2")
+        row = as_sampler(_checks.lookup(SAMPLERS, sampler or "unipc_2", "sampler"))
         if grid is not None:
             _checks.lookup({**GRIDS, **INNER, HOST: None}, grid, "grid")
         fitted = Calibration(**calibration) if isinstance(calibration, dict) else calibration
@@ -68,7 +71,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"a calibration has its own times: leave grid out; got {grid!r}")
         if self._heeds("thresholding"):
             raise ValueError(f"thresholding of {self._replaces} is not known here: set it to False in the config")
-        self._calibration, self._sampler, self._grid = fitted, sampler, grid
+        self._calibration, self._sampler, self._grid = fitted, sampler or "unipc_2", grid
         self.order = 1 if fitted else max(1, row.rule.evaluations)
         stored = None if fitted is None else asdict(fitted)
         self.register_to_config(
@@ -97,7 +100,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         stored = getattr(config, "config", config)
         own = {key: stored[key] for key in OWN[:3] if "replaces" in stored and key in stored}
         if "grid" in kwargs or "calibration" in kwargs:  # the one excludes the other
-            own = {"sampler": own["sampler"]} if "sampler" in own else {}
+            own = {"sampler": own["sampler"]} if "sampler" in own and "calibration" not in kwargs else {}
         own |= {key: kwargs.pop(key) for key in OWN[:3] if key in kwargs}
         settings |= {key: kwargs.pop(key) for key in takes(name) & set(kwargs)}
         if kwargs and not return_unused_kwargs:
