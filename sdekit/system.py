@@ -79,6 +79,7 @@ class System:
     noise_type: str = "additive"
     churn: float = 1.0  # 0 means that diffusion is zero and no noise need be drawn
     nfe: int = 0  # network evaluations so far
+    network_calls: int = 1  # of one evaluation, at most, as far as is known
     backwards_only: bool = False  # True where the equation means something in decreasing time alone
     replayed: bool = False  # True where a step is taken again and again from one state, till all it asks for is known
 

@@ -170,7 +170,8 @@ def _solve(
     ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
     ends = ends if forwards else ends.flip(0)
     solution = adaptive(
-        method, columns, ends, max_nfe=_MAX_NFE, progress=progress, calls=lambda: system.nfe
+        method, columns, ends, max_nfe=_MAX_NFE, progress=progress, calls=lambda: system.nfe,
+        network_calls=system.network_calls,
     )  # fmt: skip
     if not solution.success:
         raise SolverError(solution)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdekit.processes.counted import Model, as_model
+from sdekit.processes.counted import Model, as_model, ask, samples
 from sdekit.processes.kinds import to_score
 from sdekit.system import Score, as_time, expand
 
@@ -47,6 +47,27 @@ class Derived:
     def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
         """What it and the models inside make of the times of a loop."""
         raise NotImplementedError
+
+
+class Chunked(Derived):
+    """A model that is asked for at most so many samples at a time."""
+
+    def __init__(self, score: Score, sde: Any, many: int) -> None:
+        super().__init__(score, as_model(score, sde))
+        self._many = many
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """What the model inside makes of the times."""
+        return self.inside.prepare(times, x)
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the model inside says."""
+        parts = []
+        for rows in torch.arange(len(x)).split(self._many):
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            with samples(rows, len(x)):
+                parts.append(ask(self.inside, x[own], time[own] if time.ndim else time, ready).clone())
+        return torch.cat(parts)
 
 
 class Scores:

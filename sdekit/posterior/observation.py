@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -194,17 +195,19 @@ def inpainting(mask: Tensor, y: Tensor, std: Any) -> Observation:
     if isinstance(std, Tensor) and std.shape[-mask.ndim :] == mask.shape:
         std = std[..., mask]
 
-    def seen(x: Tensor) -> Tensor:
-        if x.shape[1:] != mask.shape:
-            raise ValueError(f"mask must have the shape of one sample, {tuple(x.shape[1:])}, got {tuple(mask.shape)}")
-        return x[:, mask.to(x.device)]
+    return Observation(y[..., mask], partial(_picked, mask=mask), std, partial(_put, mask=mask))
 
-    def back(u: Tensor) -> Tensor:
-        x = u.new_zeros(len(u), *mask.shape)
-        x[:, mask.to(u.device)] = u
-        return x
 
-    return Observation(y[..., mask], seen, std, back)
+def _picked(x: Tensor, mask: Tensor) -> Tensor:
+    if x.shape[1:] != mask.shape:
+        raise ValueError(f"mask must have the shape of one sample, {tuple(x.shape[1:])}, got {tuple(mask.shape)}")
+    return x[:, mask.to(x.device)]
+
+
+def _put(u: Tensor, mask: Tensor) -> Tensor:
+    x = u.new_zeros(len(u), *mask.shape)
+    x[:, mask.to(u.device)] = u
+    return x
 
 
 def colourisation(y: Tensor, std: Any, weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> Observation:
@@ -217,11 +220,16 @@ def colourisation(y: Tensor, std: Any, weights: Sequence[float] = (1 / 3, 1 / 3,
     if w.ndim != 1 or not torch.isfinite(w).all() or not (w != 0).any():
         raise ValueError(f"weights must be one finite number a channel, not all 0, got {weights}")
 
-    def grey(x: Tensor) -> Tensor:
-        _picture(x, len(w))
-        return torch.einsum("bchw,c->bhw", x, w.to(x))[:, None]
+    return Observation(y, partial(_grey, weights=w), std, partial(_coloured, weights=w))
 
-    return Observation(y, grey, std, lambda u: u * w.to(u).reshape(1, -1, 1, 1))
+
+def _grey(x: Tensor, weights: Tensor) -> Tensor:
+    _picture(x, len(weights))
+    return torch.einsum("bchw,c->bhw", x, weights.to(x))[:, None]
+
+
+def _coloured(u: Tensor, weights: Tensor) -> Tensor:
+    return u * weights.to(u).reshape(1, -1, 1, 1)
 
 
 def blur(kernel: Any, y: Tensor, std: Any, *, padding: str = "reflect") -> Observation:
@@ -233,30 +241,32 @@ def blur(kernel: Any, y: Tensor, std: Any, *, padding: str = "reflect") -> Obser
     if k.ndim != 2 or not all(side % 2 for side in k.shape):
         raise ValueError(f"kernel must be (h, w) with odd sides, got {tuple(k.shape)}")
     _checks.lookup(dict.fromkeys(("reflect", "replicate", "circular", "constant")), padding, "padding")
-    edges = [k.shape[1] // 2] * 2 + [k.shape[0] // 2] * 2
+    return Observation(y, partial(_blurred, kernel=k, padding=padding), std)
 
-    def blurred(x: Tensor) -> Tensor:
-        channels = _picture(x)
-        weight = k.to(x).flip(0, 1).expand(channels, 1, *k.shape)
-        return functional.conv2d(functional.pad(x, edges, mode=padding), weight, groups=channels)
 
-    return Observation(y, blurred, std)
+def _blurred(x: Tensor, kernel: Tensor, padding: str) -> Tensor:
+    channels, (high, wide) = _picture(x), kernel.shape
+    weight = kernel.to(x).flip(0, 1).expand(channels, 1, high, wide)
+    padded = functional.pad(x, [wide // 2, wide // 2, high // 2, high // 2], mode=padding)
+    return functional.conv2d(padded, weight, groups=channels)
 
 
 def downsample(factor: int, y: Tensor, std: Any) -> Observation:
     """The means of pictures (B, C, H, W) over squares of ``factor`` x ``factor``; y is (C, H/factor, W/factor)."""
     factor = _checks.count(factor, "factor", minimum=2)
 
-    def means(x: Tensor) -> Tensor:
-        _picture(x)
-        if x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"factor = {factor} must divide the picture's sides, {tuple(x.shape[2:])}")
-        return functional.avg_pool2d(x, factor)
+    return Observation(y, partial(_means, factor=factor), std, partial(_spread, factor=factor))
 
-    def back(u: Tensor) -> Tensor:
-        return u.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
 
-    return Observation(y, means, std, back)
+def _means(x: Tensor, factor: int) -> Tensor:
+    _picture(x)
+    if x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(f"factor = {factor} must divide the picture's sides, {tuple(x.shape[2:])}")
+    return functional.avg_pool2d(x, factor)
+
+
+def _spread(u: Tensor, factor: int) -> Tensor:
+    return u.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
 
 
 def _picture(x: Tensor, channels: int | None = None) -> int:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.models.derived import Chunked
 from sdekit.noise.keyed import Noise
 from sdekit.posterior.observation import Observation
 from sdekit.posterior.scores import DENSE, PosteriorScore, posterior_score
 from sdekit.processes.counted import ask, counting, samples
 from sdekit.processes.sde import SDE
-from sdekit.sampling.fixed import Sampler, as_sampler
-from sdekit.sampling.grids import Grid, make_grid
-from sdekit.sampling.starts import state
+from sdekit.sampling.fixed import Plan, Sampler, as_sampler, plan
+from sdekit.sampling.grids import Grid
+from sdekit.sampling.starts import bridge, state
 from sdekit.solvers.solution import bar
 from sdekit.solvers.steppers import StepRule
 from sdekit.system import Score
@@ -83,9 +84,9 @@ def posterior_sample(
     ``method``'s (:func:`posterior_score`, with its ``options``); p~(y|x_0) is exact, in the last weights. Where the
     weights leave fewer than ``resample`` x particles of a sample, these are drawn anew from them (systematically).
     So for a growing number of particles the draws are the sampler's own, given y: what is left is the error of its
-    steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more. Networks that
-    predict eps err sigma/alpha times in x_0, and its square times in V: near T their draws may be of any size, so look
-    at them; those that predict v, x_0 or flow are safe.
+    steps, and that of the network. Where the particles of a sample come down to few (``ess``), take more. What a
+    network that predicts eps says of V near T is worth nothing: ``reach`` bounds the moves there, draws are as good as
+    with any other, and only the estimate of log p(y) is too low.
 
     ``steps`` (100 unless the grid is a tensor) and ``grid`` as in :func:`sdekit.sample`; x_0 = E[x_0|x] at the last
     time. ``chunk``: particles that go through the network together, as memory and its caches suggest unless given;
@@ -103,20 +104,21 @@ def posterior_sample(
     if not 0 <= _checks.positive(resample, "resample", zero=True) <= 1:
         raise ValueError(f"resample must lie in [0, 1], got {resample:g}")
     made = posterior_score(sde, score, observation, method, **options)
-    row = as_sampler(sampler)
-    if not row.stochastic:
-        raise ValueError(f"sampler must be one with noise, such as ancestral or sa_solver: {sampler!r} draws none")
+    if not as_sampler(sampler).stochastic:
+        named = repr(sampler) if isinstance(sampler, str) else f"this {type(sampler).__name__}"
+        raise ValueError(f"sampler must be one with noise, such as ancestral or sa_solver: {named} draws none")
     given = not isinstance(grid, str) and not callable(grid)
-    times = make_grid(sde, grid, None if given and steps is None else 100 if steps is None else steps)
+    steps = 100 if steps is None and not given else steps
+    way = plan(sde, sampler, steps, None, grid, denoise=True, start=None, x_T=None)
     b = size[0]
     ids = range(b) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
     if len(ids) != b:
         raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {b}")
     with torch.no_grad(), samples(torch.arange(b).repeat_interleave(k), b):
         own = [i * k + j for i in ids for j in range(k)]
-        x = state(sde, score, (b * k, *size[1:]), float(times[0]), seed, None, device, dtype, own)
-        run = _Run(made, row, x, k, seed, ids, own, resample, _checks.count(chunk, "chunk") if chunk else None)
-        return run.through(sde, score, times.tolist(), x, progress)
+        x = state(sde, score, (b * k, *size[1:]), way.top, seed, None, device, dtype, own)
+        run = _Run(made, way.row, x, k, seed, ids, own, resample, _checks.count(chunk, "chunk") if chunk else None)
+        return run.through(sde, score, way, x, progress)
 
 
 class _Run:
@@ -142,8 +144,12 @@ class _Run:
         self.log_z = self.log_w[:, 0].clone()
         self.chunk = chunk
 
-    def through(self, sde: SDE, score: Score, times: list[float], x: Tensor, progress: bool) -> PosteriorSamples:
-        system, rule = sde.reverse(score, self.row.churn), self.row.rule
+    def through(self, sde: SDE, score: Score, way: Plan, x: Tensor, progress: bool) -> PosteriorSamples:
+        score = Chunked(score, sde, self.chunk) if self.chunk else score
+        system, rule, times = sde.reverse(score, self.row.churn), self.row.rule, way.times.tolist()
+        rule.check(system)
+        if way.top > times[0]:
+            x = bridge(system, x, way.top, times[0], noisy=True)
         system.prepare(times + [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes], x)
         past, ready = rule.begin(system, times, x), self.made.prepare(times, x)
         levels = system.levels(torch.tensor(times, dtype=torch.float64))

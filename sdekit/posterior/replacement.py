@@ -25,8 +25,10 @@ def replaced(rule: StepRule, mask: Tensor, y: Tensor, *, std: float = 0.0, repea
     std = _checks.positive(std, "std", zero=True)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where x is seen, got {getattr(mask, 'dtype', type(mask))}")
+    y = torch.as_tensor(y)
     if mask.shape not in (y.shape, y.shape[1:]):
         raise ValueError(f"mask must have the shape of one sample of y, {tuple(y.shape)}, got {tuple(mask.shape)}")
+    _checks.state(y[..., mask], "y")
     if rule.table is not None or rule.correction is not None:
         raise ValueError(
             "rule must be one without a history, such as ancestral or ddim: the past would be of another x"

@@ -4,7 +4,9 @@ With x̂ = E[x_0|x_t] and V = Cov[x_0|x_t] = (sigma^2/alpha) dx̂/dx (Tweedie, d
 p(y|x_t) to be N(A x̂, S) and differ in S:  E[x_0|x_t, y] = x̂ + V A' S^-1 (y - A x̂).
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.models.derived import Derived, columns, fitting, leaf
+from sdekit.models.guided import each
 from sdekit.posterior.local import NO_GRADIENT, Local, conjugate_gradients
 from sdekit.posterior.observation import Observation
 from sdekit.processes.counted import as_model, ask
@@ -38,35 +41,36 @@ def mmps(iterations: int | None = None, rtol: float | None = None) -> Method:
     network's V is not positive, as a covariance is, nor symmetric: a sample stops before the first direction along
     which S would be less than std^2. Without that networks diverge where std is small.
     """
+    n = None if iterations is None else _checks.count(iterations, "iterations")
+    return partial(_mmps, iterations=n, rtol=None if rtol is None else _checks.positive(rtol, "rtol"))
 
-    def method(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
-        if dense and local.off.shape[1] <= DENSE:
-            va, ava = local.columns()
-            # A network's V is neither symmetric nor positive to rounding: the nearest that is.
-            wide = torch.promote_types(ava.dtype, torch.float32)
-            ev, u = (y.to(ava.dtype) for y in torch.linalg.eigh((ava + ava.mT).to(wide) / 2))
-            s = 1 + ev.clamp_min(0.0)
-            z = torch.einsum("bij,bi->bj", u, local.off)
-            w = torch.einsum("bij,bj->bi", u, z / s * local.reached(ev.clamp_min(0.0), u))
-            shift = torch.einsum("bdi,bi->bd", va, w).reshape(local.x_0.shape)
-            return shift, -0.5 * (z.square() / s + s.log()).sum(1)
-        n = min(local.off.shape[1], 100) if iterations is None else iterations
-        small = torch.finfo(local.off.dtype).eps ** 0.5 if rtol is None else rtol
-        w = conjugate_gradients(lambda p: p + local.seen(local.covary(local.back(p))), local.off, n, small, _POSITIVE)
-        return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
-    return method
+def _mmps(local: Local, dense: bool, iterations: int | None, rtol: float | None) -> tuple[Tensor, Tensor]:
+    if dense and local.off.shape[1] <= DENSE:
+        va, ava = local.columns()
+        # A network's V is neither symmetric nor positive to rounding: the nearest that is.
+        wide = torch.promote_types(ava.dtype, torch.float32)
+        ev, u = (y.to(ava.dtype) for y in torch.linalg.eigh((ava + ava.mT).to(wide) / 2))
+        s = 1 + ev.clamp_min(0.0)
+        z = torch.einsum("bij,bi->bj", u, local.off)
+        w = torch.einsum("bij,bj->bi", u, z / s * local.reached(ev.clamp_min(0.0), u))
+        shift = torch.einsum("bdi,bi->bd", va, w).reshape(local.x_0.shape)
+        return shift, -0.5 * (z.square() / s + s.log()).sum(1)
+    n = min(local.off.shape[1], 100) if iterations is None else iterations
+    small = torch.finfo(local.off.dtype).eps ** 0.5 if rtol is None else rtol
+    w = conjugate_gradients(lambda p: p + local.seen(local.covary(local.back(p))), local.off, n, small, _POSITIVE)
+    return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
 
 def tmpd() -> Method:
     """S = std^2 + the row sums of A V A', where they are positive  (Boys et al. 2024, eq. 11 and section 3.3)."""
+    return _tmpd
 
-    def method(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
-        ones = local.std.expand_as(local.off)  # A V A' 1, over the noise's
-        s = 1 + (local.seen(local.covary(local.back(ones))) / local.std).clamp_min(0.0)
-        return local.covary(local.back(local.off / s)), -0.5 * (local.off**2 / s + s.log()).sum(1)
 
-    return method
+def _tmpd(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
+    ones = local.std.expand_as(local.off)  # A V A' 1, over the noise's
+    s = 1 + (local.seen(local.covary(local.back(ones))) / local.std).clamp_min(0.0)
+    return local.covary(local.back(local.off / s)), -0.5 * (local.off**2 / s + s.log()).sum(1)
 
 
 def pigdm(data_std: float = 1.0) -> Method:
@@ -74,43 +78,41 @@ def pigdm(data_std: float = 1.0) -> Method:
 
     Song et al. 2023, eq. 7-8 and appendix A.3.
     """
-    r2 = _checks.positive(data_std, "data_std") ** 2
+    return partial(_pigdm, r2=_checks.positive(data_std, "data_std") ** 2)
 
-    def method(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
-        v = local.spread * r2 / (local.spread + r2)
-        v = v if isinstance(v, float) else v.reshape(len(v), *(1,) * (local.x_0.ndim - 1))
-        small = torch.finfo(local.off.dtype).eps ** 0.5
-        n = min(local.off.shape[1], 500)
-        w = conjugate_gradients(lambda p: p + local.seen(v * local.back(p)), local.off, n, small)
-        return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
-    return method
+def _pigdm(local: Local, dense: bool, r2: float) -> tuple[Tensor, Tensor]:
+    v = local.spread * r2 / (local.spread + r2)
+    v = v if isinstance(v, float) else v.reshape(len(v), *(1,) * (local.x_0.ndim - 1))
+    small = torch.finfo(local.off.dtype).eps ** 0.5
+    n = min(local.off.shape[1], 500)
+    w = conjugate_gradients(lambda p: p + local.seen(v * local.back(p)), local.off, n, small)
+    return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
 
 def dps(gamma: float = 0.0, strength: float | None = None) -> Method:
     """S = std^2 + gamma sigma^2/alpha^2, an A that need not be linear. gamma = 0 takes x̂ for x_0.
 
     Chung et al. 2023, eq. 11, and with gamma Rozet & Louppe 2023, eq. 15. It is stiff where std is small: the flow and
-    the SDE then need as many steps as 1/std^2, and diverge in fewer. ``strength``: instead, as published (algorithm 1),
+    the SDE then need as many steps as 1/std^2, and are off in fewer. ``strength``: instead, as published (algorithm 1),
     a step of this length along each sample's own residual, at each of a thousand steps of equal time. Its direction
     flips where the residual passes 0, which no adaptive method gets through.
     """
-    gamma = _checks.positive(gamma, "gamma", zero=True)
     length = None if strength is None else _checks.positive(strength, "strength")
+    return partial(_dps, gamma=_checks.positive(gamma, "gamma", zero=True), length=length)
 
-    def method(local: Local, dense: bool) -> tuple[Tensor, Tensor]:
-        extra = gamma * local.spread
-        s = 1 + (extra if isinstance(extra, float) else extra[:, None]) / local.std**2
-        w = local.off / s
-        twist = -0.5 * (local.off * w + s.log().expand_as(w)).sum(1)
-        if length is not None:
-            w = local.off * local.std**2
-            size = (local.off * local.std).norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-            rate = local.rate if isinstance(local.rate, float) else local.rate[:, None]
-            w = w * (length * rate / size)
-        return local.covary(local.back(w)), twist
 
-    return method
+def _dps(local: Local, dense: bool, gamma: float, length: float | None) -> tuple[Tensor, Tensor]:
+    extra = gamma * local.spread
+    s = 1 + (extra if isinstance(extra, float) else extra[:, None]) / local.std**2
+    w = local.off / s
+    twist = -0.5 * (local.off * w + s.log().expand_as(w)).sum(1)
+    if length is not None:
+        w = local.off * local.std**2
+        size = (local.off * local.std).norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        rate = local.rate if isinstance(local.rate, float) else local.rate[:, None]
+        w = w * (length * rate / size)
+    return local.covary(local.back(w)), twist
 
 
 METHODS: dict[str, Callable[..., Method]] = {"mmps": mmps, "tmpd": tmpd, "pigdm": pigdm, "dps": dps}
@@ -119,9 +121,11 @@ METHODS: dict[str, Callable[..., Method]] = {"mmps": mmps, "tmpd": tmpd, "pigdm"
 class PosteriorScore(Derived):
     """The model of p(x_t | y), of the kind of the one inside; made by :func:`posterior_score`."""
 
-    def __init__(self, sde: SDE, score: Score, observation: Observation, method: Method, nonlinear: bool) -> None:
+    def __init__(
+        self, sde: SDE, score: Score, observation: Observation, method: Method, nonlinear: bool, reach: float
+    ) -> None:
         super().__init__(score, as_model(score, sde))
-        self.observation, self._method, self._nonlinear = observation, method, nonlinear
+        self.observation, self._method, self._nonlinear, self._reach = observation, method, nonlinear, reach
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """What the model inside makes of the times, and its numbers there."""
@@ -136,7 +140,7 @@ class PosteriorScore(Derived):
         graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(graph):
             local, back = self.local(x, time, ready)
-            return local.out + back * self._method(local, False)[0]
+            return local.out + back * self._within(self._method(local, False)[0])
 
     def local(self, x: Tensor, time: Tensor, ready: Any = None) -> tuple[Local, Any]:
         """The model at x, one evaluation, and what E[x_0|x_t] adds to what it says. ValueError where alpha = 0."""
@@ -170,7 +174,14 @@ class PosteriorScore(Derived):
             local, _ = self.local(x, time, ready)
             local.ahead = ahead
             shift, twist = self._method(local, True)
-            return local.out, shift, twist
+            return local.out, self._within(shift), twist
+
+    def _within(self, shift: Tensor) -> Tensor:
+        """At most ``reach`` in its largest entry, sample by sample."""
+        if math.isinf(self._reach):
+            return shift
+        most = shift.reshape(len(shift), -1).abs().amax(1)
+        return shift * each(self._reach / most.clamp_min(self._reach), shift)
 
     def _check(self, x: Tensor) -> None:
         self.observation.check(x)
@@ -191,7 +202,13 @@ class PosteriorScore(Derived):
 
 
 def posterior_score(
-    sde: SDE, score: Score, observation: Observation, method: str = "mmps", **options: Any
+    sde: SDE,
+    score: Score,
+    observation: Observation,
+    method: str = "mmps",
+    *,
+    reach: float | None = None,
+    **options: Any,
 ) -> PosteriorScore:
     """A score of p(x_t | y) for every sampler, adaptive method and the likelihood, from a score of p(x_t).
 
@@ -199,6 +216,12 @@ def posterior_score(
     for an A that is not linear too. ``options`` are those of the functions of these names in
     :mod:`sdekit.posterior.scores`. All are approximations where the data are not Gaussian: modes get weights that are
     off by .1 to .5, which no number of steps mends; :func:`posterior_sample` does.
+
+    ``reach``: no entry of E[x_0|x_t, y] is further than this from E[x_0|x_t], and if one would be, all of the sample's
+    come so much nearer. What a network says of V is wrong by (sigma/alpha)^2 times an error of eps, which at high noise
+    is more than any data are wide; without a bound that throws samples out of what the network knows, for ever, and at
+    low std makes "tmpd", "pigdm" and "dps" diverge. 5 unless given, which binds no right model of data of about unit
+    size; for wider data give more, math.inf for no bound, as DPS with a ``strength`` has.
 
     It says the kind of prediction that the score does, at as many network calls; vector-Jacobian products, one for
     each iteration of "mmps" and one or two of the others, are not counted. Each sample's y, step and iterations are its
@@ -208,12 +231,13 @@ def posterior_score(
     if not isinstance(observation, Observation):
         raise TypeError(f"observation must be an Observation(y, A, std), got {type(observation).__name__}")
     make = _checks.lookup(METHODS, method, "method")
-    if "iterations" in options and options["iterations"] is not None:
-        _checks.count(options["iterations"], "iterations")
+    if reach is None:
+        reach = 5.0 if options.get("strength") is None else math.inf
+    reach = reach if reach == math.inf else _checks.positive(reach, "reach")
     try:
         made = make(**options)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         raise TypeError(f"method {method!r}: {error}") from None
-    return PosteriorScore(sde, score, observation, made, nonlinear=make is dps)
+    return PosteriorScore(sde, score, observation, made, make is dps, reach)

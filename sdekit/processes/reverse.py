@@ -71,6 +71,11 @@ class Reverse(System):
         return self.model.nfe
 
     @property
+    def network_calls(self) -> int:  # type: ignore[override]
+        """Those of one evaluation, at most, as far as is known."""
+        return self.model.network_calls
+
+    @property
     def backwards_only(self) -> bool:  # type: ignore[override]
         """With noise the family's marginals are p_t in decreasing time only; the flow runs both ways."""
         return self.churn > 0

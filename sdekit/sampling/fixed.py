@@ -13,7 +13,7 @@ from sdekit.noise.keyed import Noise
 from sdekit.processes.counted import MoreCallsError
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.grids import INNER, INNER_TO_END, Grid, make_grid
+from sdekit.sampling.grids import INNER, INNER_TO_END, Grid, before_zero, make_grid
 from sdekit.sampling.starts import bridge, first_time, state
 from sdekit.solvers.solution import Callback
 from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
@@ -225,19 +225,13 @@ def plan(
         grid = sde.grid if sde.grid and row.grid == "uniform" else row.grid
     inner = isinstance(grid, str) and grid in INNER
     made = INNER_TO_END[str(grid)] if inner and not denoise else grid
-    times = make_grid(sde, _before_zero(sde, made) if given and denoise else made, steps, top)
+    times = make_grid(sde, before_zero(sde, made) if given and denoise else made, steps, top)
     if nfe is not None and len(times) - 1 > most:
         raise ValueError(f"grid has {len(times) - 1} steps, but nfe = {nfe} allows {most} of this sampler's")
     first = float(times[0])
     if start is not None and not inner and top - first > 1e-6 * sde.T:
         raise ValueError(f"grid begins at {first:g}, and x_T is at start = {top:g}: they must be the same time")
     return Plan(row, times, top if inner else first, scale)
-
-
-def _before_zero(sde: SDE, times: Any) -> Any:
-    """A list of times without the 0 at its end, the step to which is the denoising."""
-    listed = torch.as_tensor(times)
-    return listed[:-1] if listed.ndim == 1 and len(listed) > 2 and listed[-1] == 0 < sde.t_min else times
 
 
 def pc_sample(

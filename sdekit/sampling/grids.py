@@ -196,6 +196,15 @@ def make_grid(sde: SDE, grid: Grid, steps: int | None = None, start: float | Non
     return check_grid(part, times, steps, "T" if part is sde else "start")
 
 
+def before_zero(sde: SDE, times: Any) -> Any:
+    """A list of times without the 0 at its end, the step to which is the denoising."""
+    try:
+        listed = torch.as_tensor(times, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return times  # which check_grid refuses
+    return listed[:-1] if listed.ndim == 1 and len(listed) > 2 and listed[-1] == 0 < sde.t_min else times
+
+
 def check_grid(sde: SDE, times: Any, steps: int | None, top: str = "T") -> Tensor:
     """The times as a float64 CPU tensor, or an error that says what is wrong with them."""
     try:

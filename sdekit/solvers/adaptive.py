@@ -58,6 +58,7 @@ def adaptive(
     progress: bool = False,
     callback: Callback | None = None,
     calls: Callable[[], int] = int,
+    network_calls: int = 1,
 ) -> Solution:
     """y at times[-1] from y at times[0], monotone ``times`` in either direction, each of which is hit exactly.
 
@@ -67,6 +68,7 @@ def adaptive(
     A sample that cannot go on keeps its last accepted state and says why in ``status``; from there on its trajectory
     is NaN. (A score that is not finite raises, as everywhere: that is no matter of steps.)
     ``calls``: the network calls so far, of a model; where it stays at 0, evaluations are what the method says they are.
+    ``network_calls``: of one evaluation, at most.
     """
     batch, n = y.shape[0], len(times)
     clock = method.clock(times).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
@@ -129,7 +131,7 @@ def adaptive(
             run, u, h, aim, before, y, *state = (a[going] for a in (run, u, h, aim, before, y, *state))
         if run.numel() == 0:
             break
-        if nfe + made > max_nfe:
+        if nfe + max(made, method.evaluations * network_calls) > max_nfe:
             for i in run.tolist():
                 status[i] = "max_nfe"
             break

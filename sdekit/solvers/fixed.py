@@ -34,12 +34,7 @@ def integrate(
     correction = rule.correction if estimate else None
     if estimate and correction is None:
         raise ValueError("estimate needs a rule that corrects itself, such as unipc_2; this one has no free estimate")
-    if rule.churn is not None and system.backwards_only and system.churn != rule.churn:
-        raise ValueError(
-            f"this rule has its own noise ({'some' if rule.noisy else 'none'}), and would ignore the system's churn = "
-            f"{system.churn:g}: give it churn = 0 (sde.probability_flow(score))"
-            f"{f' or {rule.churn:g}' * bool(rule.churn)}, or take another rule"
-        )
+    rule.check(system)
     times: list[float] = grid.tolist()
     nfe, steps, dtype = system.nfe, len(times) - 1, x.dtype
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]

@@ -164,6 +164,7 @@ def _solve(
         solution = adaptive(
             _adaptive_method(str(method), system, rtol, atol, x, times, noise), x, ends, max_nfe=limit,
             keep=bool(keep), progress=progress, callback=callback, calls=lambda: system.nfe,
+            network_calls=system.network_calls,
         )  # fmt: skip
         system.settle()
         return _denoised(system, solution, float(times[-1])) if denoise else solution

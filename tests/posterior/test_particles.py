@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import SAMPLERS, VPSDE, GaussianMixture, HeatODE, RectifiedFlow, as_score, sample, solve
+from sdekit import (
+    SAMPLERS,
+    VPSDE,
+    GaussianMixture,
+    HeatODE,
+    RectifiedFlow,
+    Sampler,
+    as_score,
+    calibrate,
+    sample,
+    solve,
+)
 from sdekit.posterior import Observation, posterior_sample, posterior_score
 from sdekit.sampling.grids import make_grid
+from sdekit.solvers.steppers import RULES
 from tests import oracle
 
 SDE = VPSDE()
@@ -173,6 +185,43 @@ def test_calls_are_counted():
         assert out.rows == sum(rows) == 6 * out.nfe
 
 
+def test_chunks_bound_every_call_of_the_network():
+    """Also those of a rule's second stage, and of the last step."""
+    rows = []
+
+    def says(x, t):
+        rows.append(len(x))
+        return x * 0.5
+
+    seen = Observation(torch.zeros(1), torch.ones(1, 2), 0.5)
+    for name in ("heun_sde", "sa_solver"):
+        posterior_sample(SDE, as_score(says, SDE, "eps"), seen, (2, 2), particles=3, sampler=name, steps=3, chunk=4)
+    assert max(rows) == 4
+
+
+def test_few_steps_by_the_grids_for_them():
+    """The evidence is p(y) of the chain that starts below T, within 5.5 standard errors (false alarm below 1e-7)."""
+    row, steps, y, std, n = SAMPLERS["ancestral"], 12, 0.9, 0.6, 4000
+    mean, var = chain_law(SDE, row.rule, row.churn, make_grid(SDE, "inner_karras", steps))
+    want = -0.5 * ((y - mean) ** 2 / (var + std**2) + math.log(2 * math.pi * (var + std**2)))
+    out = posterior_sample(
+        SDE, ONE.score(SDE), seen([y], [[1.0]], std), (n, 1), particles=4, sampler="ancestral", steps=steps,
+        grid="inner_karras", seed=1, dtype=torch.float64,
+    )  # fmt: skip
+    ratio = (out.log_evidence - want).exp()
+    assert abs(float(ratio.mean()) - 1) < 5.5 * float(ratio.std()) / n**0.5
+    assert float(ratio.std()) / n**0.5 < 0.004
+
+
+def test_a_list_of_times_may_end_in_0_as_elsewhere():
+    listed = make_grid(SDE, "karras", 5)
+    one, other = (
+        posterior_sample(SDE, ONE.score(SDE), seen([0.9], [[1.0]], 0.7), (4, 1), seed=0, **kw)
+        for kw in ({"grid": [*listed.tolist(), 0.0]}, {"steps": 5})
+    )
+    assert torch.equal(one.x, other.x)
+
+
 def test_pictures_dtypes_and_many_entries():
     """Beyond 128 entries of y there is no determinant, and conjugate gradients take over."""
     d = 150
@@ -193,6 +242,8 @@ def test_pictures_dtypes_and_many_entries():
         ({"particles": 1}, "particles must be at least 2: one has no other.*posterior_score"),
         ({"particles": 2.5}, "particles must be a whole number"),
         ({"sampler": "unipc_2"}, "sampler must be one with noise.*'unipc_2' draws none"),
+        ({"sampler": calibrate(SDE, MODES.score(SDE), (8, 2), nfe=4, seed=0)}, "this Calibration draws none"),
+        ({"sampler": Sampler(RULES["ancestral"], churn=0.5)}, "would ignore the system's churn"),
         ({"sampler": "sa"}, "unknown sampler 'sa'"),
         ({"method": "map"}, "unknown method 'map'"),
         ({"resample": 1.5}, r"resample must lie in \[0, 1\], got 1.5"),

@@ -1,5 +1,9 @@
 """Scores of p(x_t | y) against closed forms: exact on Gaussians, each method's own formula on mixtures."""
 
+import math
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,13 +21,15 @@ from sdekit import (
     sample,
     solve,
 )
-from sdekit.posterior import Observation, inpainting, posterior_score
+from sdekit.posterior import Observation, blur, colourisation, downsample, inpainting, posterior_score
 from sdekit.posterior.local import conjugate_gradients
 from sdekit.posterior.scores import METHODS
 from sdekit.processes.kinds import KINDS, express, kind_of
 from sdekit.system import expand
+from sdekit.training import load_checkpoint
 from tests.processes.test_fokker_planck import random_mixture
 
+NETWORKS = Path(__file__).parents[2] / "benchmarks" / "networks"
 D = 4
 RNG = np.random.default_rng(0)
 ROOT, MEAN = RNG.normal(size=(D, D)) * 0.5, RNG.normal(size=(1, D))
@@ -55,12 +61,13 @@ def test_mmps_is_exact_on_gaussians(sde, predicts, form):
     )
     score = posterior_score(sde, network(GAUSSIAN, sde, predicts), observation, rtol=1e-13)
     assert score.predicts == predicts
-    x = sde.prior_sample((5, D), seed=0, dtype=torch.float64)
     for cut in (0.0, 0.1, 0.5, 0.8):
         t = sde.t_min + cut * (sde.T - sde.t_min)
+        x = sde.perturb(GAUSSIAN.sample(5, seed=1, dtype=torch.float64), t, seed=0)
         want = POSTERIOR.score(sde)(x, t)
         torch.testing.assert_close(score(x, t), want, rtol=0, atol=1e-5 * float(want.abs().max()))
     each = torch.linspace(sde.t_min, 0.8 * sde.T, 5, dtype=torch.float64)
+    x = sde.perturb(GAUSSIAN.sample(5, seed=1, dtype=torch.float64), each, seed=0)
     want = POSTERIOR.score(sde)(x, each)
     torch.testing.assert_close(score(x, each), want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
@@ -115,7 +122,7 @@ def test_every_method_is_its_formula(name, turned):
     a, y, std = A[:2, :3], Y[:2], STD[:2]
     if turned:
         a = torch.stack([a[0], 0.1 * a[1] - 0.5 * a[0]])
-    score = posterior_score(SDE, mixture.score(SDE), Observation(y, a, std), name, **OPTIONS[name])
+    score = posterior_score(SDE, mixture.score(SDE), Observation(y, a, std), name, reach=math.inf, **OPTIONS[name])
     x = SDE.prior_sample((4, 3), seed=3, dtype=torch.float64)
     for t in (0.1, 0.4):
         alpha, sigma = float(SDE.alpha(t)), float(SDE.sigma(t))
@@ -146,7 +153,7 @@ def test_dps_takes_an_operator_that_is_not_linear():
     mixture, _ = random_mixture(12, 3)
     A_of = lambda x: x[:, :2] ** 2 + x[:, 2:].sin()  # noqa: E731
     x, t = SDE.prior_sample((4, 3), seed=3, dtype=torch.float64), 0.4
-    score = posterior_score(SDE, mixture.score(SDE), Observation(Y[:2], A_of, STD[:2]), "dps")
+    score = posterior_score(SDE, mixture.score(SDE), Observation(Y[:2], A_of, STD[:2]), "dps", reach=math.inf)
     leaf = x.clone().requires_grad_()
     off = (Y[:2] - A_of(SDE.denoise(leaf, t, mixture.score(SDE)))) / STD[:2]
     (want,) = torch.autograd.grad(-0.5 * off.square().sum(), leaf)
@@ -241,6 +248,50 @@ def test_a_trained_network_does_not_diverge():
         assert float(((x - y)[:, mask] / 0.05).square().mean(1).sqrt().max()) < 3
 
 
+def test_no_entry_moves_further_than_reach():
+    """All of the sample's come so much nearer, and a sample within is left alone to the bit."""
+    x, t = torch.tensor([[30.0, 1.0, 0.0, 0.0], [0.2, 0.1, 0.0, 0.3]], dtype=torch.float64), 0.3
+    free, bound = (
+        posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, STD), reach=r)(x, t).detach()
+        for r in (math.inf, 0.6)
+    )
+    gain = float(SDE.sigma(t)) ** 2 / float(SDE.alpha(t))
+    far, near = (gain * (y - GAUSSIAN.score(SDE)(x, t)) for y in (free, bound))
+    assert float(far[0].abs().max()) > 3
+    torch.testing.assert_close(near[0], far[0] * 0.6 / far[0].abs().max())
+    assert torch.equal(free[1], bound[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_networks_that_predict_eps_and_small_noise_diverge_with_no_method(name):
+    """PITFALLS 51's kind: near T an eps network's V is (sigma/alpha)^2 = 2e4 times its error.
+
+    Without a bound x comes to 1e3 ... 1e18 or NaN here, "mmps" and "tmpd" at std .2 already.
+    """
+    sde, network = load_checkpoint(NETWORKS / "eps_linear.safetensors")
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, :4] = True
+    y = sample(sde, network, (6, 1, 8, 8), "unipc_2", nfe=10, seed=3)
+    for std in (0.2, 0.05):
+        seen = inpainting(mask, y + std * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)), std)
+        x = sample(sde, posterior_score(sde, network, seen, name), y.shape, "sa_solver", steps=40, seed=0)
+        assert float(x.abs().max()) < 2.5
+
+
+def test_models_and_observations_go_through_a_pickle():
+    y = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(1, 4, 4)
+    data = GaussianMixture(torch.zeros(1, 16), 0.3 * torch.eye(16)[None])
+    x = SDE.perturb(data.sample(2, seed=0, dtype=torch.float64), 0.3, seed=1).reshape(2, 1, 4, 4)
+    for seen in (
+        inpainting(y > 0, y, 0.5), colourisation(y, 0.5, [1.0]), blur(torch.ones(3, 3) / 9, y, 0.5),
+        downsample(2, y[:, :2, :2], 0.5), Observation(y.reshape(16), torch.eye(16), 0.5),
+    ):  # fmt: skip
+        for name in METHODS:
+            score = posterior_score(SDE, data.score(SDE), seen, name)
+            again = pickle.loads(pickle.dumps(score))
+            assert torch.equal(again(x, 0.3), score(x, 0.3))
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_takes_a_posterior_score(name):
     score = posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, 0.5))
@@ -256,6 +307,7 @@ def test_every_sampler_takes_a_posterior_score(name):
         (lambda: posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, 0.1), gamma=1.0), "method 'mmps'.*gamma"),
         (lambda: posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, 0.1), "dps", strength=-1), "strength"),
         (lambda: posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, 0.1), iterations=0), "iterations must be"),
+        (lambda: posterior_score(SDE, GAUSSIAN.score(SDE), Observation(Y, A, 0.1), reach=0), "reach must be"),
         (
             lambda: posterior_score(SDE, lambda x, t: -x.detach(), Observation(Y, A, 0.1))(torch.ones(2, D), 0.5),
             "score must be differentiable in x",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import VPSDE, HeatODE, SolverError, System, ode_sample, solve
+from sdekit import VPSDE, HeatODE, SolverError, System, as_score, guidance, ode_sample, solve
 from sdekit.solvers.adams import Adams
 from sdekit.solvers.adaptive import adaptive
 from sdekit.solvers.rungekutta import TABLEAUS, RungeKutta
@@ -375,6 +375,18 @@ def test_gradients_pass_through_the_states_not_the_steps(method):
 
     torch.testing.assert_close(slope[0], torch.full_like(x[0], spread(1e-3) / spread(1.0)), rtol=1e-3, atol=0)
     assert torch.isfinite(slope[1]).all()
+
+
+def test_the_limit_knows_what_an_evaluation_may_cost():
+    """Guided within an interval of levels an attempt costs twice what the one before it did."""
+    sde = NAMED["VP"]()
+    score = as_score(lambda x, t, m: x - m[:, None], sde, "eps")
+    guided = guidance.classifier_free(score, torch.ones(3), torch.zeros(3), 2.0, interval=(0.1, 1.0), together=False)
+    x = sde.prior_sample((3, 2), seed=0, dtype=torch.float64)
+    for limit in range(40, 90, 6):
+        for method in ("rk45", "adams"):
+            out = solve(sde.probability_flow(guided), x, [1.0, 1e-3], method, rtol=1e-6, atol=1e-6, max_nfe=limit)
+            assert out.nfe <= limit
 
 
 def test_the_limit_counts_the_denoising():

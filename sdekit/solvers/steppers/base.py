@@ -58,6 +58,15 @@ class StepRule:
         """Take the step: (x at s, state)."""
         return self.step(system, x, t, s, noise, state)
 
+    def check(self, system: Any) -> None:
+        """Raise ValueError for a system whose churn this rule would ignore."""
+        if self.churn is not None and system.backwards_only and system.churn != self.churn:
+            raise ValueError(
+                f"this rule has its own noise ({'some' if self.noisy else 'none'}), and would ignore the system's "
+                f"churn = {system.churn:g}: give it churn = 0 (sde.probability_flow(score))"
+                f"{f' or {self.churn:g}' * bool(self.churn)}, or take another rule"
+            )
+
 
 def step_rule(evaluations: int = 1, order: int = 1, **kwargs: Any) -> Callable[[Step], StepRule]:
     """Decorator: make a function a step rule; the arguments are those of :class:`StepRule`."""
