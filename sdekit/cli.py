@@ -226,6 +226,8 @@ def _objective(config: Config, data: Data) -> Objective:
 
 
 def _event(score: NetworkScore, path: Path) -> tuple[int, ...]:
+    if not hasattr(score, "given"):
+        raise ValueError(f"{path} holds a classifier, which guides a score and is none: name a score's checkpoint")
     if score.event is None:
         raise ValueError(f"{path} does not say the shape of its data; save it with event=")
     return score.event
