@@ -27,6 +27,7 @@ from sdekit.system import Score
 
 _SAMPLERS = {"split_gibbs": "dpmpp_2m_sde", "daps": "unipc_2"}  # of each method's prior step
 _HIGHEST, _LOWEST = 10.0, 0.02  # levels: far above data of unit size, and too low to be seen in them
+_EXACT = 1e-3  # a residual of J v, in units of the observation's noise, is as good as none
 _SHARES = (1.0, 0.25, 0.0, 1 / 16, 1 / 64, 1 / 256)  # of a Gauss-Newton step, in turn: one fits, however A bends
 
 Map = Callable[[Tensor], Tensor]
@@ -85,7 +86,8 @@ def annealed_sample(
     ``levels``: sigma/alpha, none above the one before it; equal ones are sweeps at that level. Or how many, from 10 to
     .02 as Karras et al. 2022 space them (or from and to the process's own), in units of its ``unit_level``.
     ``seed``, ``ids``: sample i is keyed by ids[i] (default i), whatever the batch; y, std and conditions of a sample's
-    own follow it. A level costs ``steps`` + 1 evaluations of a rule of one.
+    own follow it. A level costs ``steps`` + 1 evaluations of a rule of one, and a step of the likelihood two solves by
+    conjugate gradients a proposal, of products with A's derivative: with many entries and a small std that is most of it.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score or an A that is not finite.
     """
     _checks.instance(sde)
@@ -178,8 +180,9 @@ class _Likelihood:
 
         def solve(d: Tensor, off: Tensor) -> Tensor:
             """argmin |v - d|^2/r^2 + |J v - off|^2: of draws N(0, r^2) and N(0, 1) it is a draw of N(0, P^-1)."""
-            rtol = 10 * torch.finfo(d.dtype).eps
-            w = conjugate_gradients(lambda p: p + r**2 * seen(back(p)), off - seen(d), many, rtol)
+            b = off - seen(d)
+            rtol = (_EXACT * self.observation.entries**0.5 / b.norm(dim=1)).clamp_min(10 * torch.finfo(b.dtype).eps)
+            w = conjugate_gradients(lambda p: p + r**2 * seen(back(p)), b, many, rtol)
             return d + r**2 * back(w)
 
         if self.observation.linear:
