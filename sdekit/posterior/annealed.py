@@ -86,8 +86,8 @@ def annealed_sample(
     ``levels``: sigma/alpha, none above the one before it; equal ones are sweeps at that level. Or how many, from 10 to
     .02 as Karras et al. 2022 space them (or from and to the process's own), in units of its ``unit_level``.
     ``seed``, ``ids``: sample i is keyed by ids[i] (default i), whatever the batch; y, std and conditions of a sample's
-    own follow it. A level costs ``steps`` + 1 evaluations of a rule of one, and a step of the likelihood two solves by
-    conjugate gradients a proposal, of products with A's derivative: with many entries and a small std that is most of it.
+    own follow it. A level costs ``steps`` + 1 evaluations of a rule of one, and every proposal two solves by conjugate
+    gradients of products with A's derivative, which are most of it where y has many entries and std is small.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score or an A that is not finite.
     """
     _checks.instance(sde)
