@@ -24,6 +24,7 @@ from sdekit.training.checkpoint import PROCESSES, build_network, load_checkpoint
 from sdekit.training.config import Config, add_flags, from_flags
 from sdekit.training.data import Data, is_image_folder, load_data
 from sdekit.training.distributed import Ranks, join, leave
+from sdekit.training.networks import NETWORKS
 from sdekit.training.objectives import OBJECTIVES, Objective, denoising, edm, variational
 from sdekit.training.pictures import save_grid
 from sdekit.training.trainer import train
@@ -201,6 +202,7 @@ def run_nll(options: argparse.Namespace) -> None:
 def _network(config: Config, data: Data) -> dict[str, Any]:
     """The network's description: its sizes as the data need them, the rest as the config has it."""
     name = config.network or ("UNet" if len(data.event) == 3 else "MLP")
+    _checks.lookup(NETWORKS, name, "network")  # those of scores
     sizes = {"UNet": {"channels_in": data.event[0]}, "MLP": {"dim": data.event[0]}}.get(name, {})
     if len(data.event) != {"UNet": 3, "MLP": 1}.get(name, len(data.event)):
         raise ValueError(f"network {name} does not fit items {data.event}: UNet takes (C, H, W), MLP (D,)")
@@ -226,6 +228,8 @@ def _objective(config: Config, data: Data) -> Objective:
 
 
 def _event(score: NetworkScore, path: Path) -> tuple[int, ...]:
+    if not hasattr(score, "given"):
+        raise ValueError(f"{path} holds a classifier, which guides a score and is none: name a score's checkpoint")
     if score.event is None:
         raise ValueError(f"{path} does not say the shape of its data; save it with event=")
     return score.event

@@ -88,7 +88,7 @@ class _Solve(NamedTuple):
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float, least: float = 0.0
+    apply: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float | Tensor, least: float = 0.0
 ) -> Tensor:
     """w with S w = b for each sample, b (B, n), S = ``apply`` symmetric and positive (Hestenes & Stiefel 1952).
 

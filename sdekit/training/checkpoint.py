@@ -13,14 +13,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sdekit import _checks
-from sdekit.models.network import NetworkScore, as_score
+from sdekit.models.network import as_score
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
 from sdekit.processes.kinds import KINDS
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
-from sdekit.training.networks import NETWORKS, Preconditioned, build
+from sdekit.training.networks import BUILT, Classifier, Preconditioned, build
 
 FORMAT = "sdekit-score-1"
+LOG_PROB = "log_prob"  # what a classifier predicts, which is no kind that a score is made of
 
 # What can be saved: a process by the arguments that make it.
 PROCESSES: dict[str, tuple[type[SDE], tuple[str, ...]]] = {
@@ -49,17 +50,19 @@ def save_checkpoint(
 ) -> None:
     """Write a trained network and its process to one safetensors file, whole or not at all.
 
-    ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`, or a :class:`Preconditioned` one; ``sde``: a named
-    process, as its constructor made it; ``event``, ``data_range``, ``levels``: the data's shape without the batch,
-    their bounds and number of levels (:class:`sdekit.likelihood.quantization.Quantization`), for whoever loads it;
-    ``config``: how it was trained, as JSON, for whoever reads the file; ``dtype``: of the weights on disk (float16
-    halves the file).
+    ``network``: a UNet or an MLP of :mod:`sdekit.training.networks`, a :class:`Preconditioned` one, or a Classifier,
+    which predicts "log_prob"; ``sde``: a named process, as its constructor made it; ``event``, ``data_range``,
+    ``levels``: the data's shape without the batch, their bounds and number of levels
+    (:class:`sdekit.likelihood.quantization.Quantization`), for whoever loads it; ``config``: how it was trained, as
+    JSON, for whoever reads the file; ``dtype``: of the weights on disk (float16 halves the file).
 
     Raises ValueError for a network or process that cannot be rebuilt from its name and arguments.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-    _checks.lookup(KINDS, predicts, "prediction")
+    _checks.lookup({**KINDS, LOG_PROB: None}, predicts, "prediction")
+    if (type(network) is Classifier) != (predicts == LOG_PROB):
+        raise ValueError(f"a Classifier predicts {LOG_PROB!r}, and nothing else does; got {predicts!r}")
     about = {
         "process": describe_process(sde),
         "predicts": predicts,
@@ -72,9 +75,10 @@ def save_checkpoint(
     write_tensors(path, network.state_dict(), FORMAT, about, dtype)
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str | None = None) -> tuple[SDE, NetworkScore]:
+def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str | None = None) -> tuple[SDE, Any]:
     """(sde, score) of a file of :func:`save_checkpoint`; the weights come back in float32, in evaluation mode.
 
+    Of a classifier (sde, log_prob): the network itself, for ``classifier_guidance(score, log_prob, given=(labels,))``.
     ``device``: where the weights go, the CPU unless given. ``score.event``, ``score.data_range`` and ``score.levels``
     are the data's as saved, or None. Raises FileNotFoundError for a missing file, and ValueError for one
     that is truncated, of another format, or names an unknown process, prediction or network.
@@ -84,13 +88,14 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str | N
         sde = build_process(about["process"])
         network = build_network(about["network"], sde)
         network.load_state_dict(weights)
-        score = as_score(network.eval().requires_grad_(False).to(device or "cpu"), sde, predicts=about["predicts"])
-        score.event = about["event"] and tuple(about["event"])
-        score.data_range = about["data_range"] and tuple(about["data_range"])
-        score.levels = about.get("levels")
+        network = network.eval().requires_grad_(False).to(device or "cpu")
+        made: Any = network if about["predicts"] == LOG_PROB else as_score(network, sde, predicts=about["predicts"])
+        made.event = about["event"] and tuple(about["event"])
+        made.data_range = about["data_range"] and tuple(about["data_range"])
+        made.levels = about.get("levels")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} describes no score that can be rebuilt: {error}") from error
-    return sde, score
+    return sde, made
 
 
 def write_tensors(
@@ -152,11 +157,9 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
     """A network by its name and arguments; ValueError for one that is not known by name."""
     if isinstance(network, Preconditioned):
         return {**describe_network(network.network), "sigma_data": network.sigma_data}
-    names = {kind: name for name, kind in NETWORKS.items()}
+    names = {kind: name for name, kind in BUILT.items()}
     if type(network) not in names:
-        raise ValueError(
-            f"network must be one of {', '.join(NETWORKS)} to be saved by name, got {type(network).__name__}"
-        )
+        raise ValueError(f"network must be one of {', '.join(BUILT)} to be saved by name, got {type(network).__name__}")
     return {"name": names[type(network)], "arguments": network.arguments}
 
 

@@ -1,4 +1,5 @@
-"""Small networks to train: a U-Net for images and an MLP for vectors. network(x (B, *event), t (B,)) -> like x.
+"""Small networks to train: a U-Net for images and an MLP for vectors. network(x (B, *event), t (B,)) -> like x. And a
+classifier of noisy data.
 
 Written here, since what is on offer (diffusers' UNet2DModel) needs a large package, wants sizes that halve evenly, and
 takes its time in a convention of its own. Any other network (x, t) -> like x trains and samples as well.
@@ -191,6 +192,34 @@ class MLP(nn.Module):
         return self.last(h)
 
 
+class Classifier(nn.Module):
+    """log p_t(labels|x): x (B, *event) of ``dim`` entries, t 0-d or (B,), labels (B,), int64 -> (B,) in x's dtype.
+
+    The layers of an :class:`MLP`, and all classes alike before training. It is what
+    :func:`sdekit.guidance.classifier_guidance` takes for ``log_prob``, with ``given=(labels,)``.
+    Raises TypeError or ValueError for sizes that are no whole numbers > 0, and where labels are not given.
+    """
+
+    def __init__(self, dim: int = 1, classes: int = 2, width: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        inner = MLP(dim, width, layers)
+        self.arguments = {**inner.arguments, "classes": _checks.count(classes, "classes")}
+        self.time, self.first, self.layers = inner.time, inner.first, inner.layers
+        self.last = nn.Linear(width, classes)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The log-probability of the labels."""
+        if labels is None:
+            raise ValueError("a classifier says log p(labels|x): give it labels, as guidance by given=(labels,)")
+        embedding = self.time(t.expand(len(x)))
+        h = self.first(x.flatten(1).to(embedding.dtype))
+        for layer in self.layers:
+            h = h + functional.silu(layer(torch.cat([h, embedding], dim=1)))
+        return self.last(h).log_softmax(1).gather(1, labels[:, None])[:, 0].to(x.dtype)
+
+
 class Preconditioned(nn.Module):
     """A network in EDM's preconditioning, which predicts x_0:  c_skip y + c_out F(c_in y, log(r)/4), y = x/alpha,
 
@@ -219,14 +248,15 @@ class Preconditioned(nn.Module):
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "MLP": MLP}
+BUILT = {**NETWORKS, "Classifier": Classifier}  # which predicts nothing that is like x
 
 
 def build(name: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
-    """The network ``name`` of ``NETWORKS``, its first weights fixed by ``seed``; the global RNG is left as it was.
+    """The network ``name`` of ``NETWORKS``, or a "Classifier", its first weights fixed by ``seed``.
 
-    Raises ValueError for an unknown name, or arguments that the network does not take.
+    The global RNG is left as it was. Raises ValueError for an unknown name, or arguments that it does not take.
     """
-    return seeded(_checks.lookup(NETWORKS, name, "network"), seed, arguments)
+    return seeded(_checks.lookup(BUILT, name, "network"), seed, arguments)
 
 
 def seeded(make: type[nn.Module], seed: int, arguments: dict[str, Any]) -> nn.Module:

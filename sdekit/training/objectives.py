@@ -217,6 +217,22 @@ def variational(quantization: Quantization | None = None) -> Objective:
 
 
 # The objectives that need no argument, by name.
+def classification() -> Objective:
+    """-log p_t(labels|x_t), cross-entropy: what a :class:`sdekit.training.networks.Classifier` learns, not a score.
+
+    For ``train(classifier, sde, data, labels=labels, objective=classification(), label_drop=0.0)``; of the prediction
+    nothing is asked. The least is the labels' entropy given x_t.  Dhariwal & Nichol 2021, section 4.1.
+    """
+
+    def losses(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        if score.conditions is None:
+            raise ValueError("classification needs labels: train(..., labels=labels, label_drop=0.0)")
+        x, _ = _noised(score.sde, x0, t, normal)
+        return -_wide(score.network(x, t, *score.conditions.of(x)[0]))
+
+    return losses
+
+
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "denoising": denoising,
     "implicit": implicit,
