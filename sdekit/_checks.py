@@ -75,6 +75,8 @@ def floating(dtype: torch.dtype | None, name: str = "dtype") -> torch.dtype | No
 
 
 def instance(sde: Any) -> None:
-    """Refuse a process's class where the process itself is meant."""
+    """Refuse what is no process, and a process's class where the process itself is meant."""
     if isinstance(sde, type):
         raise TypeError(f"sde must be a process, not its class: {sde.__name__}(), got {sde.__name__}")
+    if not (hasattr(sde, "alpha") and hasattr(sde, "sigma")):
+        raise TypeError(f"sde must be a process, such as VPSDE(), got {type(sde).__name__}")

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdekit import _checks
 from sdekit.processes.counted import Model, as_model, ask, samples
-from sdekit.processes.kinds import to_score
-from sdekit.system import Score, as_time, expand
+from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score
+from sdekit.processes.reverse import levels_of
+from sdekit.processes.sde import SDE
+from sdekit.system import NOTHING, Score, as_time, expand
 
 
 class Derived:
@@ -40,6 +43,10 @@ class Derived:
         a, b = to_score(self.predicts, self.sde, time)
         return expand(a, x) * out + expand(b, x) * x
 
+    def under(self, sde: SDE) -> "Under":
+        """The same model under another process, by the map of noise levels (:class:`Under`)."""
+        return Under(self, sde)
+
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What it says, a ``predicts`` like x."""
         raise NotImplementedError
@@ -68,6 +75,57 @@ class Chunked(Derived):
             with samples(rows, len(x)):
                 parts.append(ask(self.inside, x[own], time[own] if time.ndim else time, ready).clone())
         return torch.cat(parts)
+
+
+class Under(Derived):
+    """A model of a process, under another one; what ``score.under(sde)`` returns.
+
+    x = alpha x_0 + sigma eps says of x_0 what x' = alpha' x_0 + sigma' eps does where the level sigma'/alpha' is the
+    same, so the model is asked about x' at the time t' of its own process where that is  (Karras et al. 2022, appendix
+    B.3). At levels that its own process does not have, or only below its t_min, it is asked at the nearest one, about
+    x of that size, and E[x_0|x] is taken from there: high above the data that depends on neither, and far below it is
+    x.
+    """
+
+    def __init__(self, model: Model, sde: SDE) -> None:
+        super().__init__(model, model)  # type: ignore[arg-type]
+        _checks.instance(sde)
+        self.sde = sde
+        end = levels_of(sde, torch.tensor(sde.T, dtype=torch.float64))
+        if model.predicts in BLIND and bool(end.alpha <= NOTHING * end.sigma):
+            self.predicts = "v"  # E[x_0|x] is known where alpha = 0, and these could not say it
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
+        """The times of the model's own process and what it makes of them, and the numbers there."""
+        own, numbers = self._carried(torch.tensor(times, dtype=torch.float64))
+        return list(zip(own.unbind(), self.inside.prepare(own.tolist(), x), columns(numbers), strict=True))
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the model inside says, in this kind."""
+        if ready is None:
+            own, numbers = self._carried(time.cpu())
+            ready = own.to(time.device), None, fitting(numbers, x)
+        own, inside, (gain, a, b) = ready
+        return a * ask(self.inside, gain * x, own, inside).to(x.dtype) + b * x
+
+    def _carried(self, times: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """t', the factor of x, and (a, b) of what is said here, a o + b x."""
+        lv, theirs = levels_of(self.sde, times), self.inside.sde
+        ends = torch.tensor([theirs.T, theirs.t_min], dtype=torch.float64)
+        top, bottom = levels_of(theirs, ends).lam
+        lam = lv.lam.clamp(top, bottom)
+        own = theirs.inverse_half_log_snr(lam)
+        own = torch.where(lam == top, ends[0], torch.where(lam == bottom, ends[1], own))
+        at = levels_of(theirs, own)
+        gain = torch.hypot(at.alpha, at.sigma) / torch.hypot(lv.alpha, lv.sigma)
+        said, wanted = kind_of(self.inside.predicts, theirs, own), kind_of(self.predicts, self.sde, times)
+        same = lam == lv.lam
+        a, b = express(wanted, said, at.alpha, at.sigma)  # of gain x, which has the same x_0 and eps
+        # At another level it has not: x_0 is what the model says, and eps what is then left of x.
+        c, d = express(Kind(torch.ones_like(gain), torch.zeros_like(gain)), said, at.alpha, at.sigma)
+        share = wanted.m - wanted.n * lv.alpha / lv.sigma
+        rest = share * d * gain + wanted.n / lv.sigma
+        return own, (gain, torch.where(same, a, share * c), torch.where(same, b * gain, rest))
 
 
 class Scores:

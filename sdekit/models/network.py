@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdekit import _checks
 from sdekit.models.conditions import Chosen, Conditions
+from sdekit.models.derived import Under
 from sdekit.processes.counted import called
 from sdekit.processes.kinds import KINDS, Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
@@ -77,6 +78,14 @@ class NetworkScore:
         nothing = all(a is None for a in args) and not kwargs
         other.conditions = None if nothing else Conditions(args, kwargs)
         return other
+
+    def under(self, sde: SDE) -> Under:
+        """The same model under another process, by the map of noise levels: one network for every process.
+
+        At each time of ``sde`` the network is asked at the time of its own process where sigma/alpha is the same, so
+        samples of the same latent are the same. Raises TypeError for what is no process.
+        """
+        return Under(self, sde)
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         """Score at x (B, *event) and t (0-d or (B,)), like x."""

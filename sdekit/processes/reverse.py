@@ -9,23 +9,26 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.processes.counted import Counted, Model, Moment, as_model
 from sdekit.processes.kept import MOST, kept
-from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score, zero_signal
+from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
 from sdekit.system import NOTHING, Levels, Process, Score, System, Time, as_time, expand, float64, holds
 
 V = TypeVar("V")
 
 
 def said_of(model: Model, sde: Process, lv: Levels) -> Kind:
-    """What a model predicts, as a kind of a process that it may have been wrapped for or not."""
-    if model.sde is sde:
-        return kind_of(model.predicts, sde, lv.time)
-    # Wrapped for another process, whose score it is there; the same for one of the same alpha and sigma.
-    alpha, sigma = model.sde.alpha(lv.time), model.sde.sigma(lv.time)
-    said = kind_of(model.predicts, model.sde, lv.time)
-    if torch.equal(alpha, sde.alpha(lv.time)) and torch.equal(sigma, sde.sigma(lv.time)):
-        return said
-    a, b = to_score(model.predicts, model.sde, lv.time)
-    return Kind(-b * lv.alpha / a, -(1 / lv.sigma + b * lv.sigma) / a)
+    """What a model predicts, as a kind of the process. Raises ValueError for one that was wrapped for another."""
+    if model.sde is not sde:
+        theirs, ours = (torch.stack([p.alpha(lv.time), p.sigma(lv.time)]).reshape(2, -1) for p in (model.sde, sde))
+        off = (theirs != ours).any(0)
+        if bool(off.any()):
+            k = int(off.int().argmax())
+            (a, s), (b, r) = theirs[:, k].tolist(), ours[:, k].tolist()
+            raise ValueError(
+                f"the score was wrapped for another process: at t = {float(lv.time.reshape(-1)[k]):g} its "
+                f"{type(model.sde).__name__} has alpha = {a:g}, sigma = {s:g}, and this {type(sde).__name__} {b:g}, "
+                f"{r:g}. score.under(sde) asks it at the time where sigma/alpha is the same"
+            )
+    return kind_of(model.predicts, model.sde, lv.time)
 
 
 def levels_of(sde: Process, times: Tensor) -> Levels:
@@ -93,7 +96,8 @@ class Reverse(System):
 
         def make() -> dict[Hashable, Any]:
             if bool((self.levels(visits).alpha == 0).any()):
-                self.require_signal(visits)
+                self.require_signal()
+            self.said(self.levels(visits))  # or it raises: a model of another process
             return {}
 
         def watch(times: Tensor) -> list[Tensor]:
@@ -106,19 +110,10 @@ class Reverse(System):
         self._kept = kept(sde, key, make, lambda _: visits, watch)
         model.prepare((), x)  # what does not fit x says so before the first step
 
-    def require_signal(self, visits: Tensor | None = None) -> None:
-        """Raise ValueError for a model that says nothing where alpha = 0, or what cannot be carried over to there."""
-        model, sde = self.model.model, self.sde
-        if model.predicts in BLIND:
-            raise ValueError(zero_signal(sde, model.predicts))
-        if visits is None or model.sde is sde:
-            return
-        theirs, ours = ((p.alpha(visits), p.sigma(visits)) for p in (model.sde, sde))
-        if not all(map(torch.equal, theirs, ours)):
-            raise ValueError(
-                f"the model was wrapped for another process, {type(model.sde).__name__}, than {type(sde).__name__} is, "
-                "and where alpha = 0 its prediction cannot be carried over: wrap it for this one (as_score)"
-            )
+    def require_signal(self) -> None:
+        """Raise ValueError for a model that says nothing where alpha = 0."""
+        if self.model.model.predicts in BLIND:
+            raise ValueError(zero_signal(self.sde, self.model.model.predicts))
 
     def keep(self, key: Hashable, make: Callable[[], V]) -> V:
         """``make()``, once for a grid: a function of process, churn, what the model predicts and ``key`` alone."""
@@ -174,7 +169,7 @@ class Reverse(System):
         time = as_time(t, self.sde.T)
         given = time if time.ndim == 0 else batch_time(time, x)
         row, lv = self._row(time)
-        if self.model.model.predicts in BLIND and time.device.type == "cpu" and not holds(lv.alpha != 0):
+        if time.device.type == "cpu" and not holds(lv.alpha != 0):
             self.require_signal()
         a, b = (expand(y, x) for y in self.score_of(lv))
         alpha, sigma, f, g2, lam, m, n, out, own = (expand(y, x) for y in row)
@@ -190,7 +185,7 @@ class Reverse(System):
                 times, rows, self.moments(times, x), strict=True
             )
         }
-        if nodes[t].alpha == 0 and self.model.model.predicts in BLIND:
+        if nodes[t].alpha == 0:
             self.require_signal()
         if t in self._visits:
             self._nodes = nodes

@@ -103,9 +103,9 @@ def test_a_thresholded_score_pickles(make):
 
 
 def test_a_range_that_is_never_reached_changes_nothing_whatever_process_is_named():
-    """The prediction inside is of the process that its network was wrapped for."""
+    """The prediction inside is of the process that its network was wrapped for, or carried over to."""
     sde, other = VPSDE(0.1, 20.0), VPSDE(0.1, 8.0)
-    score = as_score(lambda x, t: 0.3 * x, other, "x0")
+    score = as_score(lambda x, t: 0.3 * x, other, "x0").under(sde)
     x = sde.prior_sample((3, 2), seed=0)
     draw = lambda s: sample(sde, s, x.shape, "ddim", nfe=6, x_T=x)  # noqa: E731
     assert torch.equal(draw(static_threshold(sde, score, (-1e6, 1e6))), draw(score))
