@@ -10,7 +10,7 @@ from sdekit.likelihood import (
     sample_with_log_prob,
     variational_bound,
 )
-from sdekit.models import GaussianMixture, as_score, dynamic_threshold, guidance, static_threshold
+from sdekit.models import GaussianMixture, PointSet, as_score, dynamic_threshold, guidance, static_threshold
 from sdekit.noise import BrownianPath, Noise
 from sdekit.pretrained import load_pretrained
 from sdekit.processes import (
@@ -18,8 +18,10 @@ from sdekit.processes import (
     VESDE,
     VPSDE,
     BetaTable,
+    CorrelatedSDE,
     CosineVP,
     HeatODE,
+    PoissonFlow,
     RectifiedFlow,
     Reverse,
     SigmaTable,
@@ -57,11 +59,14 @@ __all__ = [
     "BitsPerDim",
     "BrownianPath",
     "Calibration",
+    "CorrelatedSDE",
     "CosineVP",
     "GaussianMixture",
     "HeatODE",
     "Likelihood",
     "Noise",
+    "PointSet",
+    "PoissonFlow",
     "RectifiedFlow",
     "Reverse",
     "Sampler",

@@ -81,6 +81,8 @@ class System:
     nfe: int = 0  # network evaluations so far
     network_calls: int = 1  # of one evaluation, at most, as far as is known
     backwards_only: bool = False  # True where the equation means something in decreasing time alone
+    diffuses: bool = True  # False: it is not made by a Brownian motion, and has a flow but no SDE
+    root: Callable[[Tensor], Tensor] | None = None  # L where the noise is L dW; None where it is dW
     replayed: bool = False  # True where a step is taken again and again from one state, till all it asks for is known
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.likelihood.quantization import Quantization
 from sdekit.noise.keyed import Noise
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_white
 from sdekit.sampling.grids import Grid, first_level, make_grid
 from sdekit.system import NOTHING, Score, Time, float64
 
@@ -82,6 +82,7 @@ def variational_bound(
     torch's default). Sums are in float64. Raises TypeError for x that is not of integers, ValueError for levels that
     are not in range and other bad input, FloatingPointError where the score is not finite.
     """
+    require_white(sde, "variational_bound")
     quantization = Quantization.of(levels, data_range)
     samples = _checks.count(samples, "samples")
     dtype = dtype or torch.get_default_dtype()

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.stats import t as student
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.likelihood.density import Density, Divergence, make_divergence
+from sdekit.models.derived import Whitened
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.sampling.starts import state
@@ -93,6 +95,8 @@ def log_likelihood(
 
     ``divergence``: "exact" (D products, batched) or "hutchinson" (``probes`` Rademacher vectors per sample,
     fixed along the path). ``prior_log_prob``: (B, *event) -> (B,), default ``sde.prior_log_prob``.
+    Of a process that is no diffusion (PoissonFlow) the density at t_min is all that is known: ``corrected`` is that,
+    and ``interval`` NaN.
     ``seed``, ``ids``: of the probes, as in :func:`sdekit.sample`. ``differentiable``: keep the graph, so that
     ``log_prob`` and ``latent`` have gradients to x and to the score's parameters (memory grows with the evaluations).
     Raises ValueError or TypeError for bad input and for a score that is not differentiable in x, FloatingPointError for
@@ -153,6 +157,8 @@ def _solve(
     progress: bool,
 ) -> tuple[Tensor, Likelihood]:
     """From x at t_min to T, or from x at T to t_min: the other end, and the likelihood of the point at t_min."""
+    if sde.root is not None:
+        return _whitened(sde, score, x, forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     rtol, atol = _checks.positive(rtol, "rtol"), _checks.positive(atol, "atol")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be float32 or float64 for a density, got {x.dtype}; a network may cast within")
@@ -185,8 +191,13 @@ def _solve(
     exact, n = divergence.exact, divergence.columns
     stderr = prior.new_zeros(b) if exact else change.std(1) / n**0.5 if n > 1 else prior.new_full((b,), torch.nan)
     zero = prior.new_zeros(b)
-    truncation, truncation_error = _truncation(sde, system, divergence, *method.seen["t_min"])
-    mismatch, prior_error = (zero, zero) if prior_log_prob else _mismatch(sde, system, *method.seen["T"])
+    truncation = truncation_error = mismatch = prior_error = zero
+    if not sde.diffuses:  # the heat equation, which these follow from, is not its own
+        truncation_error = prior_error = torch.full_like(zero, torch.nan)
+    else:
+        truncation, truncation_error = _truncation(sde, system, divergence, *method.seen["t_min"])
+        if not prior_log_prob:
+            mismatch, prior_error = _mismatch(sde, system, *method.seen["T"])
     likelihood = Likelihood(
         log_prob=prior + change.mean(1) + d * math.log(high / low),
         stderr=stderr.detach(),
@@ -201,6 +212,26 @@ def _solve(
         probes=0 if exact else n,
     )
     return end, likelihood
+
+
+def _whitened(
+    sde: SDE,
+    score: Score,
+    x: Tensor,
+    forwards: bool,
+    divergence: Divergence,
+    rtol: float,
+    atol: float,
+    prior_log_prob: Any,
+    graph: bool,
+    progress: bool,
+) -> tuple[Tensor, Likelihood]:
+    """:func:`_solve` for L^-1 x, whose noise is white: log p(x) = log p(L^-1 x) - log |det L|."""
+    volume, root = sde.log_volume(), sde.colour
+    prior = prior_log_prob and (lambda latent: prior_log_prob(root(latent)) + volume)
+    whitened = Whitened(score, sde)
+    end, found = _solve(sde.white, whitened, sde.whiten(x), forwards, divergence, rtol, atol, prior, graph, progress)
+    return root(end), replace(found, log_prob=found.log_prob - volume, latent=root(found.latent))
 
 
 def _truncation(

@@ -3,6 +3,7 @@
 from sdekit.models import guidance
 from sdekit.models.mixture import GaussianMixture
 from sdekit.models.network import as_score
+from sdekit.models.points import PointSet
 from sdekit.models.thresholding import dynamic_threshold, static_threshold
 
-__all__ = ["GaussianMixture", "as_score", "dynamic_threshold", "guidance", "static_threshold"]
+__all__ = ["GaussianMixture", "PointSet", "as_score", "dynamic_threshold", "guidance", "static_threshold"]

@@ -128,6 +128,22 @@ class Under(Derived):
         return own, (gain, torch.where(same, a, share * c), torch.where(same, b * gain, rest))
 
 
+class Whitened(Derived):
+    """A model of a process with noise L z, of L^-1 x: what it says of x_0 and eps, times L^-1."""
+
+    def __init__(self, score: Score, sde: SDE) -> None:
+        super().__init__(score, as_model(score, sde))
+        self._outer, self.sde = sde, sde.white
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """What the model inside makes of the times."""
+        return self.inside.prepare(times, x)
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the model inside says of L x, times L^-1."""
+        return self._outer.whiten(ask(self.inside, self._outer.colour(x), time, ready).to(x.dtype))
+
+
 class Scores:
     """A function of scores that tell no process, which is then a score and no model."""
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,9 +45,16 @@ class BrownianPath(Noise):
     """
 
     def __init__(
-        self, like: Tensor, seed: int | None = None, ids: Sequence[int] | None = None, *, start: float, end: float
+        self,
+        like: Tensor,
+        seed: int | None = None,
+        ids: Sequence[int] | None = None,
+        *,
+        start: float,
+        end: float,
+        root: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(like, seed, ids)
+        super().__init__(like, seed, ids, root=root)
         self._low, self._high = sorted((float(start), float(end)))
         if not math.isfinite(self._high - self._low) or self._low == self._high:
             raise ValueError(f"start and end must be two finite times, got {start:g} and {end:g}")
@@ -55,9 +62,9 @@ class BrownianPath(Noise):
         places = np.arange(len(self._streams.keys) * self._share)[self._streams.rows]
         self._chunk, self._place = places // self._share, places % self._share
         span = self._high - self._low
-        root, zero = self._draw(0, np.zeros_like(self._all), self._all), np.zeros(tuple(like.shape))
+        drawn, zero = self._draw(0, np.zeros_like(self._all), self._all), np.zeros(tuple(like.shape))
         self._tree = [
-            _Node(np.zeros_like(self._all), zero, zero, math.sqrt(span) * root[0], math.sqrt(span / 12) * root[1])
+            _Node(np.zeros_like(self._all), zero, zero, math.sqrt(span) * drawn[0], math.sqrt(span / 12) * drawn[1])
         ]
         self._known: dict[float, tuple[Any, Any]] = {}  # the last query's, which the next one often begins with
 
@@ -95,7 +102,8 @@ class BrownianPath(Noise):
         return self._like_x(w_s - w_t), self._like_x(j_s - j_t - h * w_t)
 
     def _like_x(self, y: Any) -> Tensor:
-        return torch.from_numpy(y).to(self.dtype).to(self._device)
+        z = torch.from_numpy(y).to(self.dtype).to(self._device)
+        return z if self.root is None else self.root(z)
 
     def _at(self, t: float | Tensor, rows: Any) -> tuple[Any, Any]:
         """W and its integral from the lower end to t, for those samples."""

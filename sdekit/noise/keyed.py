@@ -5,7 +5,7 @@ import hashlib
 import math
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,12 +42,19 @@ class Noise:
 
     ``like``: a tensor (B, *event) that gives shape, dtype and device. ``seed``: a whole number >= 0,
     or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1). ``purpose``: draws for one
-    never move those for another; solvers' noise is "path", beside "prior", "probe", "perturb" and "data".
+    never move those for another; solvers' noise is "path", beside "prior", "probe", "perturb" and "data". ``root``:
+    what is drawn is L z, z standard normal, with this L, a linear map (B, *event) -> (B, *event) of each sample alone.
     Raises TypeError or ValueError for a like, a seed or ids that cannot be used.
     """
 
     def __init__(
-        self, like: Tensor, seed: int | None = None, ids: Sequence[int] | None = None, *, purpose: str = "path"
+        self,
+        like: Tensor,
+        seed: int | None = None,
+        ids: Sequence[int] | None = None,
+        *,
+        purpose: str = "path",
+        root: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         _checks.floating(like.dtype, "like")
         if like.ndim == 0:
@@ -58,7 +65,7 @@ class Noise:
             raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
         if ids and max(ids) >= 2**64:
             raise ValueError(f"ids must be below 2^64, got {max(ids)}")
-        self.shape, self.dtype = like.shape, like.dtype
+        self.shape, self.dtype, self.root = like.shape, like.dtype, root
         self._event, self._device = like.shape[1:], like.device
         # Small events are drawn many at a time: one chunk of numbers serves some neighbouring ids.
         self._share = max(1, _SHARE // max(1, self._event.numel()))
@@ -85,7 +92,7 @@ class Noise:
         self._interval, self._drawn = _FLOAT32.unpack(_FLOAT32.pack(t, s)), 0
 
     def normal(self) -> Tensor:
-        """The next standard normal tensor of the interval, (B, *event)."""
+        """The next standard normal tensor of the interval, (B, *event); L times one where there is a ``root``."""
         place = struct.pack("<ddq", *self._interval, self._drawn)
         self._drawn += 1
         chunks = len(self._streams.keys)
@@ -93,7 +100,8 @@ class Noise:
         z = torch.from_numpy(drawn.reshape(chunks * self._share, *self._event)[self._streams.rows])
         if self._device.type == "cuda":
             z = z.pin_memory()  # from elsewhere the host would wait for the copy
-        return z.to(self._device, self.dtype, non_blocking=True)
+        z = z.to(self._device, self.dtype, non_blocking=True)
+        return z if self.root is None else self.root(z)
 
     def _normals(self, places: list[tuple[int, bytes]], numbers: int) -> Any:
         """So many standard normals, float32, for each chunk and place in it: a function of these alone.

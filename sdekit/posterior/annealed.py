@@ -16,7 +16,7 @@ from sdekit.models.guided import each
 from sdekit.noise.keyed import Noise
 from sdekit.posterior.local import conjugate_gradients
 from sdekit.posterior.observation import Observation
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_white
 from sdekit.sampling.fixed import Sampler, as_sampler
 from sdekit.sampling.grids import Grid, make_grid
 from sdekit.sampling.starts import state
@@ -91,6 +91,7 @@ def annealed_sample(
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score or an A that is not finite.
     """
     _checks.instance(sde)
+    require_white(sde, "annealed_sample")
     if not isinstance(observation, Observation):
         raise TypeError(f"observation must be an Observation(y, A, std), got {type(observation).__name__}")
     gibbs = _checks.lookup(_SAMPLERS, method, "method") == _SAMPLERS["split_gibbs"]

@@ -20,7 +20,7 @@ from sdekit.posterior.observation import Observation
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
 from sdekit.processes.reverse import levels_of
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_white
 from sdekit.system import Score, holds
 
 DENSE = 128  # up to so many entries of y a covariance is made whole where its determinant is asked for
@@ -228,6 +228,7 @@ def posterior_score(
     own. The score must be differentiable in x. Where alpha(T) = 0 an evaluation raises ValueError.
     """
     _checks.instance(sde)
+    require_white(sde, "posterior_score")
     if not isinstance(observation, Observation):
         raise TypeError(f"observation must be an Observation(y, A, std), got {type(observation).__name__}")
     make = _checks.lookup(METHODS, method, "method")

@@ -1,6 +1,8 @@
 """Forward processes, each its alpha and its sigma, and the reverse family that follows from them."""
 
+from sdekit.processes.correlated import CorrelatedSDE
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
+from sdekit.processes.poisson import PoissonFlow
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
@@ -10,8 +12,10 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "BetaTable",
+    "CorrelatedSDE",
     "CosineVP",
     "HeatODE",
+    "PoissonFlow",
     "RectifiedFlow",
     "Reverse",
     "SigmaTable",

@@ -64,9 +64,24 @@ class Reverse(System):
     def __init__(self, sde: Process, score: Score, churn: float = 1.0) -> None:
         self.churn = _checks.positive(churn, "churn", zero=True)
         self.sde, self.model = sde, Counted(as_model(score, sde))
+        if self.churn and not self.diffuses:
+            raise ValueError(
+                f"{type(sde).__name__} has no reverse SDE, whose churn is {self.churn:g}: only a flow, churn = 0, for "
+                "samplers without noise (unipc_2, heun, ode_sample)"
+            )
         self._nodes: dict[float, Node] = {}  # at the times of the loop that runs, once it has asked for one
         self._visits: frozenset[float] = frozenset()
         self._kept: dict[Hashable, Any] = {}
+
+    @property
+    def diffuses(self) -> bool:  # type: ignore[override]
+        """Whether the process is made by a Brownian motion: if not there is no reverse SDE."""
+        return getattr(self.sde, "diffuses", True)
+
+    @property
+    def root(self) -> Any:  # type: ignore[override]
+        """The process's L."""
+        return getattr(self.sde, "root", None)
 
     @property
     def nfe(self) -> int:  # type: ignore[override]

@@ -188,14 +188,39 @@ class SDE(System):
         return t.to(device, float64(device))
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
-        """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is standard normal unless given."""
+        """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is of :meth:`unit_noise` unless given."""
         _checks.floating(x0.dtype, "x0")
         if noise is None:
-            noise = Noise(x0, seed, purpose="perturb").normal()
+            noise = self.unit_noise(Noise(x0, seed, purpose="perturb").normal)
         elif noise.shape != x0.shape:
             raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
         mean, std = self.marginal(x0, t)
         return mean + std * noise
+
+    def unit_noise(self, normal: Callable[[], Tensor]) -> Tensor:
+        """eps of x_t = alpha x_0 + sigma eps, from a source of standard normal draws: one of them, or L times one."""
+        return self.colour(normal())
+
+    @property
+    def white(self) -> "SDE":
+        """The process of L^-1 x, whose noise is white: itself, but where there is a ``root``."""
+        return self
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """L^-1 x, like x."""
+        return x
+
+    def colour(self, x: Tensor) -> Tensor:
+        """L x, like x."""
+        return x if self.root is None else self.root(x)
+
+    def log_volume(self) -> float:
+        """log |det L|."""
+        return 0.0
+
+    def log_kernel(self, off: Tensor, t: Time) -> Tensor:
+        """log p(x_t|x_0) but for a constant, -|off|^2/(2 sigma^2), of off = x_t - alpha x_0, (B, *event); (B,)."""
+        return -off.square().reshape(len(off), -1).sum(1) / (2 * self.sigma(as_time(t, self.T)).to(off) ** 2)
 
     def prior_sample(
         self,
@@ -209,7 +234,8 @@ class SDE(System):
     ) -> Tensor:
         """A draw from the prior N(0, sigma(t)^2 I) of a solver that starts at t (default T), shape (B, *event)."""
         like = torch.empty(_checks.event_shape(shape), device=device, dtype=dtype)
-        return float(self.sigma(self.T if t is None else t)) * Noise(like, seed, ids, purpose="prior").normal()
+        eps = self.unit_noise(Noise(like, seed, ids, purpose="prior").normal)
+        return float(self.sigma(self.T if t is None else t)) * eps
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log density (nats) of the prior N(0, sigma(T)^2 I) at x of shape (B, *event); shape (B,)."""
@@ -231,6 +257,12 @@ class SDE(System):
     def denoise(self, x: Tensor, t: Time, score: Score) -> Tensor:
         """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
         return self.probability_flow(score).denoise(x, as_time(t, self.T))
+
+
+def require_white(sde: Any, what: str) -> None:
+    """Raise ValueError for a process whose noise is not white and Gaussian, for ``what`` is made of that."""
+    if getattr(sde, "root", None) is not None or not getattr(sde, "diffuses", True):
+        raise ValueError(f"{what} is for processes of white Gaussian noise, which {type(sde).__name__} has not")
 
 
 def _plain_slopes(

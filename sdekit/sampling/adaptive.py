@@ -100,7 +100,7 @@ def sde_sample(
     times = torch.tensor([first, sde.t_min], dtype=torch.float64)
     with graph(differentiable):
         x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
-    path = BrownianPath(x, seed, ids, start=first, end=sde.t_min)
+    path = BrownianPath(x, seed, ids, start=first, end=sde.t_min, root=sde.root)
     solution = solve(
         system, x, times, ADAPTIVE_SDE, rtol=rtol, atol=atol, noise=path, denoise=denoise, progress=progress,
         callback=callback, differentiable=differentiable,

@@ -129,7 +129,7 @@ class AskTell:
         self._x = self.x = _checks.state(x_T.detach(), "x_T") * made.scale
         self._state: Any = None
         self._known: Any = None  # what the model was told to be known of the part's first x
-        self._parts = self._listed(made, Noise(self.x, seed, ids), denoise)
+        self._parts = self._listed(made, Noise(self.x, seed, ids, root=sde.root), denoise)
         self._steps = len(made.times) - 1 + denoise
         self._next()
 

@@ -168,7 +168,7 @@ def sample(
             if first < top:
                 system.model.remake = differentiable == "checkpoint"
                 x = bridge(system, x, top, first, row.stochastic)
-        noise = Noise(x, seed, ids)
+        noise = Noise(x, seed, ids, root=sde.root)
         solution = solve(
             system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
             differentiable=differentiable,

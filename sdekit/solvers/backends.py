@@ -120,7 +120,7 @@ def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float,
         if method == "milstein":
             raise ValueError(f"torchsde:milstein takes additive or diagonal noise; for general noise use {GENERAL}")
         like = x.new_empty(x.shape[0], system.diffusion_at(x, float(grid[0])).shape[-1])
-    noise, y = noise or Noise(like), x.reshape(x.shape[0], -1)
+    noise, y = noise or Noise(like, root=system.root), x.reshape(x.shape[0], -1)
     for t, s in pairwise(grid.tolist()):
         noise.enter(t, s)
         flat, path = _Flat(system, x, t, s, _SDE_TYPES[method]), _Path(noise, like, t, s)

@@ -174,8 +174,8 @@ def _solve(
         method = _checks.lookup(RULES, method, f"method (besides {', '.join((*ADAPTIVE, ADAPTIVE_SDE))})")
     rule = as_rule(method)
     return integrate(
-        system, rule, x, times, noise or Noise(x), keep=keep, denoise=denoise, estimate=estimate, progress=progress,
-        callback=callback,
+        system, rule, x, times, noise or Noise(x, root=system.root), keep=keep, denoise=denoise, estimate=estimate,
+        progress=progress, callback=callback,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def _adaptive_method(
     name: str, system: Any, rtol: float, atol: float, x: Tensor, times: Tensor, noise: Noise | None
 ) -> InFrame | RungeKutta | SRA1:
     if name == ADAPTIVE_SDE:
-        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]))
+        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]), root=system.root)
         if not isinstance(path, BrownianPath):
             raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
         return SRA1(system, rtol, atol, path)

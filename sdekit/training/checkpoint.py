@@ -16,6 +16,7 @@ from sdekit import _checks
 from sdekit.models.network import as_score
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
 from sdekit.processes.kinds import KINDS
+from sdekit.processes.poisson import PoissonFlow
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
 from sdekit.training.networks import BUILT, Classifier, Preconditioned, build
@@ -29,6 +30,7 @@ PROCESSES: dict[str, tuple[type[SDE], tuple[str, ...]]] = {
     "SubVPSDE": (SubVPSDE, ("beta_min", "beta_max")),
     "VESDE": (VESDE, ("sigma_min", "sigma_max")),
     "HeatODE": (HeatODE, ("T",)),
+    "PoissonFlow": (PoissonFlow, ("D", "T")),
     "RectifiedFlow": (RectifiedFlow, ("shift",)),
     "CosineVP": (CosineVP, ("s",)),
     "BetaTable": (BetaTable, ("betas",)),

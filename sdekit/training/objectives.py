@@ -244,7 +244,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 
 def _noised(sde: SDE, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """(x_t, eps)."""
-    eps = normal()
+    eps = sde.unit_noise(normal)
     mean, std = sde.marginal(x0, t)
     return mean + std * eps, eps
 

@@ -59,7 +59,12 @@ class StepRule:
         return self.step(system, x, t, s, noise, state)
 
     def check(self, system: Any) -> None:
-        """Raise ValueError for a system whose churn this rule would ignore."""
+        """Raise ValueError for a system whose churn this rule would ignore, or that knows no noise."""
+        if self.noisy and not system.diffuses:
+            raise ValueError(
+                "this process has no reverse SDE, only a flow, and this rule draws noise: take one without, such as "
+                "unipc_2, ddim or heun"
+            )
         if self.churn is not None and system.backwards_only and system.churn != self.churn:
             raise ValueError(
                 f"this rule has its own noise ({'some' if self.noisy else 'none'}), and would ignore the system's "

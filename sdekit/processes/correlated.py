@@ -1,0 +1,103 @@
+"""Noise with a covariance of its own, under any process."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.processes.sde import SDE
+from sdekit.system import Time
+
+
+class CorrelatedSDE(SDE):
+    """x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 K): a process whose noise is L z, K = L L'.
+
+    It is the process inside for L^-1 x, so samplers, adaptive methods and the trainer go unchanged with L z for z, and
+    the likelihood is that of L^-1 x, less log det L. A model says x_0, or eps = L z of x = alpha x_0 + sigma eps, or a
+    mix of these ("v", "flow"); its "score" is -eps/sigma = K grad log p_t.
+
+    ``covariance``: K, (D, D), of flattened events. Or ``root``: L, a linear callable (B, *event) -> (B, *event), such
+    as a filter, with its ``inverse``, a callable too, and ``log_det``, log |det L|, for the likelihood and exact
+    scores. Raises ValueError for a K that is not symmetric and positive definite.
+    """
+
+    def __init__(
+        self,
+        sde: SDE,
+        covariance: Any = None,
+        *,
+        root: Callable[[Tensor], Tensor] | None = None,
+        inverse: Callable[[Tensor], Tensor] | None = None,
+        log_det: float | None = None,
+    ) -> None:
+        _checks.instance(sde)
+        if (covariance is None) == (root is None):
+            raise ValueError("give covariance, the matrix K, or root, a callable L with K = L L'; and not both")
+        if not sde.diffuses or sde.root is not None:
+            raise ValueError(f"sde must be one with white Gaussian noise, got {type(sde).__name__}")
+        self._inside, self.T, self.t_min, self.grid, self.unit_level = sde, sde.T, sde.t_min, sde.grid, sde.unit_level
+        self.root, self.inverse, self.log_det = root, inverse, log_det
+        if covariance is not None:
+            k = torch.as_tensor(covariance, dtype=torch.float64, device="cpu").detach()
+            if k.ndim != 2 or k.shape[0] != k.shape[1] or not torch.isfinite(k).all():
+                raise ValueError(f"covariance must be a finite matrix (D, D), got shape {tuple(k.shape)}")
+            factor, failed = torch.linalg.cholesky_ex(k)
+            if not torch.allclose(k, k.mT, rtol=1e-8, atol=1e-12) or failed:
+                least = float(torch.linalg.eigvalsh((k + k.mT) / 2)[0])
+                raise ValueError(
+                    "covariance must be symmetric and positive definite: its smallest eigenvalue is "
+                    f"{least:g}; add a little to its diagonal"
+                )
+            inverse_factor = torch.linalg.solve_triangular(factor, torch.eye(len(k), dtype=k.dtype), upper=False)
+            self.root, self.inverse = partial(_times, factor), partial(_times, inverse_factor)
+            self.log_det = float(factor.diagonal().log().sum())
+        elif not callable(root) or not (inverse is None or callable(inverse)):
+            raise TypeError("root and inverse must be callables (B, *event) -> (B, *event)")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """That of the process inside."""
+        return self._inside.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """That of the process inside: the noise is sigma L z."""
+        return self._inside.sigma(t)
+
+    def velocity(self, t: Time) -> tuple[Tensor, Tensor]:
+        """That of the process inside."""
+        return self._inside.velocity(t)
+
+    @property
+    def white(self) -> SDE:
+        """The process inside, which is that of L^-1 x."""
+        return self._inside
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """L^-1 x, like x. Raises ValueError where the process was given a root without its inverse."""
+        if self.inverse is None:
+            raise ValueError("this needs L^-1: give CorrelatedSDE(..., inverse=) beside root")
+        return self.inverse(x)
+
+    def log_kernel(self, off: Tensor, t: Time) -> Tensor:
+        """log p(x_t|x_0) but for a constant, -|L^-1 off|^2/(2 sigma^2), of off = x_t - alpha x_0, (B, *event); (B,)."""
+        return self.white.log_kernel(self.whiten(off), t)
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log density (nats) of the prior N(0, sigma(T)^2 K) at x of shape (B, *event); shape (B,)."""
+        return self.white.prior_log_prob(self.whiten(x)) - self.log_volume()
+
+    def log_volume(self) -> float:
+        """log |det L|. Raises ValueError where the process was not given it."""
+        if self.log_det is None:
+            raise ValueError("this needs log |det L|: give CorrelatedSDE(..., log_det=) beside root")
+        return self.log_det
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """The matrix times each sample, flattened."""
+    flat = x.reshape(len(x), -1)
+    if flat.shape[1] != len(matrix):
+        raise ValueError(f"covariance is of {len(matrix)} numbers, and a sample has {flat.shape[1]}, {tuple(x.shape)}")
+    return (flat @ matrix.to(x).mT).reshape(x.shape)
