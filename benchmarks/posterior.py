@@ -21,7 +21,7 @@ number seen (512 draws) and in 80 with two (128 draws), std .25, another A for e
 coverage: "16 pixels", std .3: 200 x_0, each with a y of its own, and 19 draws for each y. A 90 % region is one of ranks
 among the draws, of the exact log p(x | y) or of eight projections, so that exact draws have 90 % whatever their number.
 "expected" is of 64 exact draws of each posterior in x_0's place, which takes most of the chance out of it.
-particles: the same task, y 0, which has two modes, 64 runs: what k particles of posterior_sample err.
+particles: the same task, y 0, which has two modes, 128 runs: what k particles of posterior_sample err.
 figure: real digits whose upper half is seen, std .3.
 """
 
@@ -36,7 +36,7 @@ import posterior_tasks
 import torch
 from overhead_measure import write
 from peer_samplers import PACKAGES, available
-from posterior_methods import METHODS, Method
+from posterior_methods import METHODS, SCORES, Method
 from tables import markdown
 
 Row = dict[str, Any]
@@ -44,7 +44,9 @@ LINES = [(task, std) for task in ("upper half", "16 pixels", "2 x 2 means") for 
 QUICK_LINES = [("16 pixels", 0.3), ("2 x 2 means", 0.3)]
 PARTS = ("digits", "lattice", "coverage", "particles", "figure")
 COVERAGE = ("16 pixels", 0.3)
-OWN = "posterior_sample"  # the rows whose particles are of each sample's own
+OWN = "posterior_sample"
+HEADLINE = f"{OWN}, 16 particles"
+APPROXIMATE = tuple(name for name, *_ in SCORES)
 
 
 def rows_to_run(quick: bool) -> list[Method]:
@@ -128,12 +130,6 @@ def particles_table(found: list[Row]) -> str:
     return markdown(["particles", *keys.values(), "evaluations"], [*lines, ["slope", *slopes, ""]])
 
 
-def worst(found: list[Row], method: str) -> tuple[float, float]:
-    """The largest ratio to the floor of a method's lines, and the largest error of mode weights."""
-    own = [row for row in mean_rows(found) if row["method"] == method]
-    return max(row["ratio"] for row in own), max(row["modes"] for row in own)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two tasks, one y, 64 draws, 4 particles, 30 steps")
@@ -161,8 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
         found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), count, 19)
     if "particles" in options.only:
         case = posterior_tasks.observed(posterior_tasks.digits(*COVERAGE), 0, 0)[0]
-        counts, runs = ((2, 4, 8), 16) if quick else ((4, 8, 16, 32, 64), 64)
-        found["posterior_particles"] = posterior_parts.growing(case, counts, runs, ("sa_solver", 30 if quick else 60))
+        counts, runs = ((2, 4, 8), 16) if quick else ((4, 8, 16, 32, 64), 128)
+        found["posterior_particles"] = posterior_parts.growing(case, counts, runs, ("sa_solver", 30))
     show = dict(zip(("posterior", "posterior_lattice", "posterior_coverage", "posterior_particles"),
                     (table, table, coverage_table, particles_table), strict=True))  # fmt: skip
     for name, rows in found.items():

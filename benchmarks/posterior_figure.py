@@ -10,7 +10,8 @@ import posterior_parts
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from peers_figure import OURS, PEERS
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from peers_figure import CALIBRATED, OURS, PEERS
 from posterior_methods import METHODS
 from posterior_methods import draw as drawn
 from posterior_tasks import Case, digits
@@ -26,9 +27,9 @@ Row = dict[str, Any]
 TRUTHS, DRAWS, RUNS, STD = (1, 5, 7, 13, 9), 4, 16, 0.3
 SHOWN = (("MMPS", "ancestral 100"), ("TMPD", "ancestral 100"), ("DPS, true likelihood", "ancestral 100"))
 UNSEEN = "#dfe7ef"
-# method -> the name of its dots; each at its best sampler
-DOTS = ("exact score", "posterior_sample, 16 particles", "posterior_sample, 4 particles", "MMPS", "TMPD", "PiGDM",
-        "DPS, true likelihood")  # fmt: skip
+SCORES = ("MMPS", "TMPD", "PiGDM", "DPS, true likelihood", "DPS, gamma 1")
+PARTICLES = (CALIBRATED, ("#8C3B00", "*"))
+RIGHT = 30  # of the dots' axis
 
 
 def pictures(quick: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -38,7 +39,7 @@ def pictures(quick: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     noise = torch.randn(len(truth), len(case.a), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = truth @ case.a.mT + STD * noise
     posteriors = [replace(case, y=one).posterior() for one in y]
-    runs, steps, particles = (4, 15, 4) if quick else (RUNS, 60, 16)
+    runs, steps, particles = (4, 10, 2) if quick else (RUNS, 30, 16)
     found = _particles(case, y, runs, steps, particles)
     p, w = found.particles.reshape(len(y), -1, 64), found.weights.reshape(len(y), -1, 1) / runs
     mean = (w * p).sum(1, keepdim=True)
@@ -57,8 +58,8 @@ def pictures(quick: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         blank = torch.full((len(y), DRAWS, 64), torch.nan, dtype=torch.float64)
         columns[name.partition(",")[0]] = blank if out is None else out.reshape(len(y), DRAWS, 64)
     unsure = {
-        "exact": torch.stack([deviation(one) for one in posteriors])[:, None],
-        "estimated": (w * (p - mean) ** 2).sum(1, keepdim=True).sqrt(),
+        "± exact": torch.stack([deviation(one) for one in posteriors])[:, None],
+        "± found": (w * (p - mean) ** 2).sum(1, keepdim=True).sqrt(),
     }
     return columns, unsure
 
@@ -81,13 +82,13 @@ def deviation(mixture: GaussianMixture) -> Tensor:
 def draw(out: Path, quick: bool, found: list[Row], growing: list[Row]) -> None:
     """out/posterior.png; the lower panels are of the rows of posterior.csv and posterior_particles.csv, if any."""
     columns, unsure = pictures(quick)
-    figure = Figure(figsize=(12, 9 if found else 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 8.6 if found else 3.6), dpi=120, layout="constrained")
     if not found:
         _tiles(figure, columns, unsure)
     else:
-        above, below = figure.subfigures(2, 1, height_ratios=[1, 0.95])
+        above, below = figure.subfigures(2, 1, height_ratios=[3.4, 5.2])
         _tiles(above, columns, unsure)
-        axes = below.subplots(1, 2 if growing else 1, width_ratios=[2, 1] if growing else None, squeeze=False)[0]
+        axes = below.subplots(1, 2 if growing else 1, width_ratios=[2.4, 1] if growing else None, squeeze=False)[0]
         _dots(axes[0], found)
         if growing:
             _slopes(axes[1], growing)
@@ -101,38 +102,51 @@ def _tiles(figure: Figure | SubFigure, columns: dict[str, Tensor], unsure: dict[
     top = max(float(x.max()) for x in unsure.values())
     for axis, (name, x) in zip(axes, every.items(), strict=True):
         padded = torch.nn.functional.pad(x.reshape(*x.shape[:2], 8, 8), (1, 1, 1, 1), value=torch.nan)
-        tiles = padded.transpose(1, 2).reshape(10 * len(x), -1)
-        colours = (
-            {"cmap": "magma", "vmin": 0, "vmax": top} if name in unsure else {"cmap": "gray_r", "vmin": -1, "vmax": 1}
-        )
-        axis.imshow(tiles.numpy(), interpolation="nearest", **colours)
+        tiles = padded.transpose(1, 2).reshape(10 * len(x), -1).numpy()
+        spread = name in unsure
+        low, high = (0.0, top) if spread else (-1.0, 1.0)
+        axis.imshow(tiles, interpolation="nearest", cmap="magma" if spread else "gray_r", vmin=low, vmax=high)
         axis.set_facecolor(UNSEEN)
         axis.set(xticks=[], yticks=[])
-        axis.set_title(f"unsure,\n{name}" if name in unsure else name, fontsize=10)
+        axis.set_title(name, fontsize=10)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.suptitle("The upper half of a digit is seen, with noise: what may it be?", fontsize=12)
+    figure.suptitle(
+        f"The upper half of a digit is seen, with noise of {STD:g}: what may it be? "
+        f"On the right, how unsure a pixel is (0 to {top:.1f})",
+        fontsize=11,
+    )
 
 
 def _dots(axes: Axes, found: list[Row]) -> None:
     """The distance over exact draws' for each line, each method at its best sampler."""
     lines = list(dict.fromkeys((r["task"], r["std"]) for r in found))
-    names = [m for m in dict.fromkeys(r["method"] for r in found) if m in DOTS or m.startswith("azula")]
+    every = dict.fromkeys(r["method"] for r in found)
+    names = [m for m in every if m in SCORES] + [m for m in every if m.startswith("azula")]
+    names = ["exact score", *names, *(m for m in every if m.startswith("posterior_sample"))]
+    styles = dict(zip([m for m in names if m in SCORES], OURS, strict=False))
+    styles |= dict(zip([m for m in names if m.startswith("azula")], (*PEERS, ("#AAAAAA", "P")), strict=False))
+    styles |= dict(zip([m for m in names if m.startswith("posterior_sample")][::-1], PARTICLES, strict=False))
     for i, name in enumerate(names):
-        mine = name == "exact score" or not name.startswith("azula")
-        colour, marker = OURS[i % len(OURS)] if mine else PEERS[i % len(PEERS)]
+        colour, marker = styles.get(name, ("#000000", "|"))
         best = [_best(found, name, line) for line in lines]
         y = np.arange(len(lines)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.plot(best, -y, marker, ls="", color=colour, ms=6, label=name, markeredgecolor="white", markeredgewidth=0.5)
-    axes.axvline(1, color="#444444", lw=0.8)
+        size = {"*": 12, "|": 9}.get(marker, 6)
+        axes.plot(best, -y, marker, ls="", color=colour, ms=size, label=name,
+                  **({} if marker == "|" else {"markeredgecolor": "white", "markeredgewidth": 0.5}))  # fmt: skip
+    axes.axvline(1, color="#444444", lw=0.8, zorder=0)
     for edge in np.arange(0.5, len(lines) - 1):
         axes.axhline(-edge, color="#dddddd", lw=0.6)
     axes.set_xscale("log")
+    axes.set_xlim(right=min(axes.get_xlim()[1], RIGHT))
     axes.set_yticks([-k for k in range(len(lines))], [f"{task}, {std:g}" for task, std in lines])
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(FixedLocator([0.7, 1, 1.5, 2, 3, 5, 10, 20]))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("sliced distance to exact draws, over that of other exact draws; each method's best sampler")
+    axes.set_xlabel("distance to exact draws over that of other exact draws (1 is right); what diverges has no dot")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    for side in ("top", "right"):
+    for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
 
@@ -159,9 +173,12 @@ def _slopes(axes: Axes, growing: list[Row]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(k, [str(n) for n in k])
+    axes.yaxis.set_major_locator(FixedLocator([0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5]))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("particles of one run of posterior_sample")
-    axes.set_ylabel("root mean square error")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(top=2.5 * axes.get_ylim()[1])
+    axes.set_xlabel("particles of a run")
+    axes.set_title("root mean square error", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -25,7 +25,7 @@ SCORES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("DPS, true likelihood", "dps", {}),
     ("DPS, gamma 1", "dps", {"gamma": 1.0}),
 )
-PARTICLES = (("sa_solver", 60, 4), ("sa_solver", 60, 16))
+PARTICLES = (("sa_solver", 30, 4), ("sa_solver", 30, 16))
 
 
 @dataclass(frozen=True)
