@@ -17,7 +17,7 @@ rows that the network is asked for, by the draw, all particles together; seconds
 time, with vector-Jacobian products. "exact score" is the score of p(x_t | y) itself: what a sampler's steps cost. A
 method whose draws are not finite, or a hundred times as large as data, diverges.
 lattice: MCGDiff's 25 Gaussians of unit spread on a lattice of pitch 8 (Cardoso et al. 2024) in 8 dimensions with one
-number seen (512 draws) and in 80 with two (128 draws), std .25, another A for each y; sliced 1-Wasserstein.
+number seen (1,024 draws) and in 80 with two (128 draws), std .25, another A for each y; sliced 1-Wasserstein.
 coverage: "16 pixels", std .3: 200 x_0, each with a y of its own, and 19 draws for each y. A 90 % region is one of ranks
 among the draws, of the exact log p(x | y) or of eight projections, so that exact draws have 90 % whatever their number.
 "expected" is of 64 exact draws of each posterior in x_0's place, which takes most of the chance out of it.
@@ -36,7 +36,7 @@ import posterior_tasks
 import torch
 from overhead_measure import write
 from peer_samplers import PACKAGES, available
-from posterior_methods import METHODS, SCORES, Method
+from posterior_methods import MANY, METHODS, SCORES, Method, with_particles
 from tables import markdown
 
 Row = dict[str, Any]
@@ -150,8 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
             QUICK_LINES if quick else LINES, methods, seen, 64 if quick else 128
         )
     if "lattice" in options.only:
-        sizes = {8: 64, 80: 32} if quick else {8: 512, 80: 128}
-        found["posterior_lattice"] = posterior_parts.lattices(methods, seen, sizes)
+        sizes, more = ({8: 64, 80: 32}, []) if quick else ({8: 1024, 80: 128}, [with_particles(*MANY)])
+        found["posterior_lattice"] = posterior_parts.lattices(methods, seen, sizes, more)
     if "coverage" in options.only:
         case, count = posterior_tasks.digits(*COVERAGE), 20 if quick else 200
         found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), count, 19)

@@ -26,6 +26,7 @@ SCORES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("DPS, gamma 1", "dps", {"gamma": 1.0}),
 )
 PARTICLES = (("sa_solver", 30, 4), ("sa_solver", 30, 16))
+MANY = ("sa_solver", 30, 256)  # where the network is small enough
 
 
 @dataclass(frozen=True)
