@@ -80,10 +80,14 @@ def coverage(case: Case, methods: Sequence[Method], observations: int, draws: in
     found = [_covered("exact draws", "", truth, control, posteriors)]
     each = replace(many, y=many.y.repeat_interleave(draws, 0))
     for method in methods:
-        out = draw(method, each, observations * draws, seed=0)
-        x = None if out.x is None else out.x.reshape(observations, draws, -1)
+        if method.common:  # one y after the other
+            runs = [draw(method, replace(case, y=y), draws, seed=k).x for k, y in enumerate(many.y)]
+            x = torch.stack([run for run in runs if run is not None]) if all(run is not None for run in runs) else None
+        else:
+            drawn = draw(method, each, observations * draws, seed=0).x
+            x = None if drawn is None else drawn.reshape(observations, draws, -1)
         found.append(_covered(method.name, method.sampler, truth, x, posteriors))
-        print(f"coverage, {method.name}, {method.sampler}: {found[-1]}, {out.seconds:.0f} s", flush=True)
+        print(f"coverage, {method.name}, {method.sampler}: {found[-1]}", flush=True)
     return found
 
 

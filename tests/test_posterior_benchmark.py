@@ -103,8 +103,10 @@ def test_methods_take_an_observation_for_each_sample():
     for method in (MMPS, few(2, 5)):
         assert draw(method, each, 3, 0).x.shape == (3, 64)
     chosen = posterior.for_coverage(list(METHODS))
-    assert {m.name for m in chosen} == {m.name for m in METHODS if not m.common}
+    assert {m.name for m in chosen} == {m.name for m in METHODS if not m.package}
     assert len(chosen) == len({m.name for m in chosen})
+    *_, exact = posterior_parts.coverage(CASE, chosen[:1], 3, 19)
+    assert (exact["method"], exact["draws"]) == ("exact score", 19)
 
 
 def test_errors_fall_as_particles_grow():
