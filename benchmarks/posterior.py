@@ -37,13 +37,21 @@ import posterior_tasks
 import torch
 from overhead_measure import write
 from peer_samplers import PACKAGES, available
-from posterior_methods import MANY, METHODS, SCORES, Method, with_particles
+from posterior_methods import MANY, METHODS, PARTICLES, SCORES, Method, with_particles
 from tables import markdown
 
 Row = dict[str, Any]
 LINES = [(task, std) for task in ("upper half", "16 pixels", "2 x 2 means") for std in (0.05, 0.3)]
-QUICK_LINES = [("16 pixels", 0.3), ("2 x 2 means", 0.3)]
 PARTS = ("digits", "lattice", "coverage", "particles", "figure")
+# lines and y of the digits; draws there and on lattices, by dimension; x_0 of coverage; particles and their runs
+FULL: Row = {
+    "lines": LINES, "observations": 3, "draws": 128, "lattice": {8: 1024, 80: 128}, "coverage": 200,
+    "counts": (4, 8, 16, 32, 64), "runs": 128,
+}  # fmt: skip
+QUICK: Row = {
+    "lines": [("16 pixels", 0.3), ("2 x 2 means", 0.3)], "observations": 1, "draws": 64, "lattice": {8: 64, 80: 32},
+    "coverage": 20, "counts": (2, 4, 8), "runs": 16,
+}  # fmt: skip
 COVERAGE, COVERAGE_SAMPLER = ("16 pixels", 0.3), "sa_solver 30"
 OWN = "posterior_sample"
 HEADLINE = f"{OWN}, 16 particles"
@@ -138,33 +146,31 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    quick = options.quick
-    seen = options.observations or (1 if quick else 3)
-    methods = rows_to_run(quick)
+    size, methods = QUICK if options.quick else FULL, rows_to_run(options.quick)
+    seen = options.observations or size["observations"]
     if not available("azula"):
         print(f"azula is not installed, its rows are missing: {PACKAGES['azula']}", flush=True)
     found: dict[str, list[Row]] = {}
     if "digits" in options.only:
-        found["posterior"] = posterior_parts.digits(
-            QUICK_LINES if quick else LINES, methods, seen, 64 if quick else 128
-        )
+        found["posterior"] = posterior_parts.digits(size["lines"], methods, seen, size["draws"])
     if "lattice" in options.only:
-        sizes, more = ({8: 64, 80: 32}, []) if quick else ({8: 1024, 80: 128}, [with_particles(*MANY)])
-        found["posterior_lattice"] = posterior_parts.lattices(methods, seen, sizes, more)
+        more = [] if options.quick else [with_particles(*MANY)]
+        found["posterior_lattice"] = posterior_parts.lattices(methods, seen, size["lattice"], more)
+    case = posterior_tasks.digits(*COVERAGE)
     if "coverage" in options.only:
-        case, count = posterior_tasks.digits(*COVERAGE), 20 if quick else 200
-        found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), count, 19)
+        found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), size["coverage"], 19)
     if "particles" in options.only:
-        case = posterior_tasks.observed(posterior_tasks.digits(*COVERAGE), 0, 0)[0]
-        counts, runs = ((2, 4, 8), 16) if quick else ((4, 8, 16, 32, 64), 128)
-        found["posterior_particles"] = posterior_parts.growing(case, counts, runs, ("sa_solver", 30))
+        case = posterior_tasks.observed(case, 0, 0)[0]
+        found["posterior_particles"] = posterior_parts.growing(case, size["counts"], size["runs"], *PARTICLES[0][:2])
     show = dict(zip(("posterior", "posterior_lattice", "posterior_coverage", "posterior_particles"),
                     (table, table, coverage_table, particles_table), strict=True))  # fmt: skip
     for name, rows in found.items():
         print(f"\n{show[name](rows)}")
         write(options.out / f"{name}.csv", rows)
     if "figure" in options.only:
-        posterior_figure.draw(options.out, quick, found.get("posterior", []), found.get("posterior_particles", []))
+        posterior_figure.draw(
+            options.out, options.quick, found.get("posterior", []), found.get("posterior_particles", [])
+        )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def _ranks(at: Tensor, drawn: Tensor) -> Tensor:
     return (drawn < at[:, None]).sum(1)
 
 
-def growing(case: Case, counts: Sequence[int], runs: int, sampler: tuple[str, int]) -> list[Row]:
+def growing(case: Case, counts: Sequence[int], runs: int, sampler: str, steps: int) -> list[Row]:
     """What one run of k particles errs in mode weights and in log p(y), root mean squares over runs.
 
     Mode weights are those of the run's weighted particles, and their error the root of the sum of squares over modes;
@@ -127,13 +127,13 @@ def growing(case: Case, counts: Sequence[int], runs: int, sampler: tuple[str, in
     spread = float(tasks.shares(posterior, posterior.sample(4096, seed=1, dtype=torch.float64)).var(0).sum().sqrt())
     for k in counts:
         out = posterior_sample(
-            case.sde, case.score, case.observation, (runs, case.d), particles=k, sampler=sampler[0], steps=sampler[1],
+            case.sde, case.score, case.observation, (runs, case.d), particles=k, sampler=sampler, steps=steps,
             seed=0, dtype=torch.float64,
         )  # fmt: skip
         parts = tasks.shares(posterior, out.particles.reshape(runs * k, -1)).reshape(runs, k, -1)
         off = (out.weights[..., None] * parts).sum(1) - posterior.weights
         found.append({
-            "particles": k, "runs": runs, "sampler": f"{sampler[0]} {sampler[1]}",
+            "particles": k, "runs": runs, "sampler": f"{sampler} {steps}",
             "modes": _rms(off.norm(dim=1)), "exact": spread / k**0.5,
             "log evidence": _rms(out.log_evidence - evidence), "ess": float(out.ess.mean()),
             "evaluations": out.rows / runs,

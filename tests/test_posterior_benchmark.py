@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import posterior
+import posterior_figure
 import posterior_methods
 import posterior_parts
 import posterior_tasks
@@ -110,7 +111,7 @@ def test_methods_take_an_observation_for_each_sample():
 
 
 def test_errors_fall_as_particles_grow():
-    found = posterior_parts.growing(CASE, (2, 8), 8, ("sa_solver", 10))
+    found = posterior_parts.growing(CASE, (2, 8), 8, "sa_solver", 10)
     assert [row["evaluations"] for row in found] == [2 * 11, 8 * 11]
     assert found[1]["log evidence"] < found[0]["log evidence"]
     exact = [{"particles": k, "e": 3 / k**0.5} for k in (4, 8, 64)]
@@ -133,11 +134,12 @@ def test_azula_beside_ours():
 
 
 def test_end_to_end(monkeypatch, tmp_path, capsys):
-    chosen = tuple(
-        m for m in METHODS if (m.name, m.sampler) in [("MMPS", "sa_solver 30"), ("exact score", "sa_solver 30")]
-    )
+    chosen = tuple(m for m in METHODS if m.name in ("exact score", "MMPS") and m.sampler == "sa_solver 30")
     monkeypatch.setattr(posterior, "METHODS", chosen)
-    monkeypatch.setattr(posterior, "QUICK_LINES", [("16 pixels", 0.3)])
+    size = {"lines": posterior.LINES[3:4], "lattice": {8: 8, 80: 8}, "coverage": 2, "counts": (2, 4), "runs": 2}
+    monkeypatch.setattr(posterior, "QUICK", {**posterior.QUICK, **size})
+    monkeypatch.setattr(posterior_figure, "TRUTHS", (1,))
+    monkeypatch.setattr(posterior_figure, "SHOWN", posterior_figure.SHOWN[:1])
     threads = torch.get_num_threads()
     try:
         posterior.main(["--quick", "--out", str(tmp_path)])
