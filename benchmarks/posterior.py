@@ -22,7 +22,7 @@ coverage: "16 pixels", std .3: 200 x_0, each with a y of its own, and 19 draws f
 region is one of ranks among the draws, of the exact log p(x | y) or of eight projections, so that exact draws have 90 %
 whatever their number. The density is of 64 numbers, and tells a sampler's steps too ("exact score"). "expected" is of
 64 exact draws of each posterior in x_0's place, which takes most of the chance out of it.
-particles: the same task, y 0, which has two modes, 128 runs: what k particles of posterior_sample err.
+particles: the same task, y 0, which has two modes, 64 runs: what k particles of posterior_sample err.
 figure: real digits whose upper half is seen, std .3.
 """
 
@@ -37,7 +37,16 @@ import posterior_tasks
 import torch
 from overhead_measure import write
 from peer_samplers import PACKAGES, available
-from posterior_methods import MANY, METHODS, PARTICLES, SCORES, Method, with_particles
+from posterior_methods import (
+    MANY,
+    METHODS,
+    PARTICLES,
+    SCORES,
+    WITH_PARTICLES,
+    Method,
+    with_particles,
+    without_particles,
+)
 from tables import markdown
 
 Row = dict[str, Any]
@@ -46,15 +55,14 @@ PARTS = ("digits", "lattice", "coverage", "particles", "figure")
 # lines and y of the digits; draws there and on lattices, by dimension; x_0 of coverage; particles and their runs
 FULL: Row = {
     "lines": LINES, "observations": 3, "draws": 128, "lattice": {8: 1024, 80: 128}, "coverage": 200,
-    "counts": (4, 8, 16, 32, 64), "runs": 128,
+    "counts": (4, 8, 16, 32, 64), "runs": 64,
 }  # fmt: skip
 QUICK: Row = {
     "lines": [("16 pixels", 0.3), ("2 x 2 means", 0.3)], "observations": 1, "draws": 64, "lattice": {8: 64, 80: 32},
     "coverage": 20, "counts": (2, 4, 8), "runs": 16,
 }  # fmt: skip
-COVERAGE, COVERAGE_SAMPLER = ("16 pixels", 0.3), "sa_solver 30"
-OWN = "posterior_sample"
-HEADLINE = f"{OWN}, 16 particles"
+COVERAGE = ("16 pixels", 0.3)
+HEADLINE = with_particles(16).name
 APPROXIMATE = tuple(name for name, *_ in SCORES)
 
 
@@ -62,13 +70,15 @@ def rows_to_run(quick: bool) -> list[Method]:
     """METHODS, without what is not installed; quick: one sampler for each, and few particles."""
     found = [m for m in METHODS if not m.package or available(m.package)]
     if quick:
-        found = [m for m in found if m.sampler in ("sa_solver 30", "DDPM 100") or m.name == f"{OWN}, 4 particles"]
+        found = [m for m in found if m.sampler in ("sa_solver 30", "DDPM 100") or m.name == with_particles(4).name]
     return found
 
 
 def for_coverage(methods: list[Method]) -> list[Method]:
-    """Ours, all with the sampler of the particles."""
-    return [m for m in methods if not m.package and m.sampler == COVERAGE_SAMPLER]
+    """Ours that take a y for each sample; scores by the sampler of the particles, which so differ in these alone."""
+    scores = without_particles(*WITH_PARTICLES)
+    known = {m.name for m in scores} | {few.name for few in map(with_particles, PARTICLES[:-1])}
+    return [*scores, *(m for m in methods if not m.common and m.name not in known)]
 
 
 def mean_rows(found: list[Row]) -> list[Row]:
@@ -99,7 +109,9 @@ def table(found: list[Row]) -> str:
         "",
     ]
     body = [exact]
-    for method, sampler in dict.fromkeys((r["method"], r["sampler"]) for r in means):
+    names = list(dict.fromkeys(r["method"] for r in means))
+    pairs = dict.fromkeys((r["method"], r["sampler"]) for r in means)
+    for method, sampler in sorted(pairs, key=lambda pair: names.index(pair[0])):
         own = [of[method, sampler, *line] for line in lines if (method, sampler, *line) in of]
         cells = [cell(of.get((method, sampler, *line))) for line in lines]
         evaluations, seconds = (np.mean([r[key] for r in own]) for key in ("evaluations", "seconds"))
@@ -154,14 +166,14 @@ def main(arguments: list[str] | None = None) -> None:
     if "digits" in options.only:
         found["posterior"] = posterior_parts.digits(size["lines"], methods, seen, size["draws"])
     if "lattice" in options.only:
-        more = [] if options.quick else [with_particles(*MANY)]
+        more = [] if options.quick else [with_particles(MANY)]
         found["posterior_lattice"] = posterior_parts.lattices(methods, seen, size["lattice"], more)
     case = posterior_tasks.digits(*COVERAGE)
     if "coverage" in options.only:
         found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), size["coverage"], 19)
     if "particles" in options.only:
         case = posterior_tasks.observed(case, 0, 0)[0]
-        found["posterior_particles"] = posterior_parts.growing(case, size["counts"], size["runs"], *PARTICLES[0][:2])
+        found["posterior_particles"] = posterior_parts.growing(case, size["counts"], size["runs"], *WITH_PARTICLES)
     show = dict(zip(("posterior", "posterior_lattice", "posterior_coverage", "posterior_particles"),
                     (table, table, coverage_table, particles_table), strict=True))  # fmt: skip
     for name, rows in found.items():

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from peers_figure import CALIBRATED, OURS, PEERS
-from posterior_methods import METHODS
+from posterior_methods import METHODS, WITH_PARTICLES
 from posterior_methods import draw as drawn
 from posterior_tasks import Case, digits
 from sklearn.datasets import load_digits
@@ -39,7 +39,7 @@ def pictures(quick: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     noise = torch.randn(len(truth), len(case.a), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = truth @ case.a.mT + STD * noise
     posteriors = [replace(case, y=one).posterior() for one in y]
-    runs, steps, particles = (4, 10, 2) if quick else (RUNS, 30, 16)
+    runs, steps, particles = (4, 10, 2) if quick else (RUNS, WITH_PARTICLES[1], 16)
     found = _particles(case, y, runs, steps, particles)
     p, w = found.particles.reshape(len(y), -1, 64), found.weights.reshape(len(y), -1, 1) / runs
     mean = (w * p).sum(1, keepdim=True)

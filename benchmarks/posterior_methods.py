@@ -25,8 +25,9 @@ SCORES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("DPS, true likelihood", "dps", {}),
     ("DPS, gamma 1", "dps", {"gamma": 1.0}),
 )
-PARTICLES = (("sa_solver", 30, 4), ("sa_solver", 30, 16))
-MANY = ("sa_solver", 30, 256)  # where the network is small enough
+WITH_PARTICLES = ("sa_solver", 40)
+PARTICLES = (4, 16)
+MANY = 128  # where the network is small enough
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,24 @@ def particles(sampler: str, steps: int, k: int, case: Case, n: int, seed: int) -
     )  # fmt: skip
 
 
-def with_particles(sampler: str, steps: int, k: int) -> Method:
+def without_particles(sampler: str, steps: int) -> list[Method]:
+    """The rows of the exact score and of the scores of SCORES, by this sampler."""
+    first = Method("exact score", f"{sampler} {steps}", partial(exact, sampler, steps), common=True)
+    return [first, *(
+        Method(name, f"{sampler} {steps}", partial(approximate, method, options, sampler, steps))
+        for name, method, options in SCORES
+    )]  # fmt: skip
+
+
+def with_particles(k: int) -> Method:
     """The row of posterior_sample with so many."""
+    sampler, steps = WITH_PARTICLES
     return Method(f"posterior_sample, {k} particles", f"{sampler} {steps}", partial(particles, sampler, steps, k))
 
 
 METHODS: tuple[Method, ...] = (
-    *(Method("exact score", f"{s} {n}", partial(exact, s, n), common=True) for s, n in SAMPLERS),
-    *(
-        Method(name, f"{sampler} {steps}", partial(approximate, method, options, sampler, steps))
-        for name, method, options in SCORES
-        for sampler, steps in SAMPLERS
-    ),
-    *(with_particles(*row) for row in PARTICLES),
+    *(method for row in SAMPLERS for method in without_particles(*row)),
+    *map(with_particles, PARTICLES),
     *(
         Method(f"azula {name}", "DDPM 100", partial(posterior_peers.draw, name, 100), common=True, package="azula")
         for name in posterior_peers.MAKE

@@ -23,6 +23,7 @@ from page_data import ROOT, rows
 from posterior_methods import METHODS, Method, approximate, draw, particles
 
 CASE = posterior_tasks.observed(posterior_tasks.digits("16 pixels", 0.3), 0, 0)[0]
+EXACT = next(m for m in METHODS if (m.name, m.sampler) == ("exact score", "sa_solver 30"))
 MMPS = next(m for m in METHODS if (m.name, m.sampler) == ("MMPS", "dpmpp_2m 20"))
 
 
@@ -54,7 +55,7 @@ def test_the_evidence_is_the_integral():
 
 
 def test_every_method_is_a_row_beside_the_floor():
-    chosen = [METHODS[1], MMPS, few(4)]
+    chosen = [EXACT, MMPS, few(4)]
     found = posterior_parts.compare("16 pixels", 0.3, [CASE], chosen, 16, 2)
     assert [row["method"] for row in found] == ["exact score", "MMPS", "4 particles"]
     assert [row["evaluations"] for row in found] == [31, 21, 4 * 11]  # with the final denoising; all particles
@@ -104,7 +105,8 @@ def test_methods_take_an_observation_for_each_sample():
     for method in (MMPS, few(2, 5)):
         assert draw(method, each, 3, 0).x.shape == (3, 64)
     chosen = posterior.for_coverage(list(METHODS))
-    assert {m.name for m in chosen} == {m.name for m in METHODS if not m.package}
+    assert {m.name for m in METHODS if not m.package} - {m.name for m in chosen} == {"posterior_sample, 4 particles"}
+    assert {m.sampler for m in chosen} == {"sa_solver 40"}
     assert len(chosen) == len({m.name for m in chosen})
     *_, exact = posterior_parts.coverage(CASE, chosen[:1], 3, 19)
     assert (exact["method"], exact["draws"]) == ("exact score", 19)
