@@ -73,10 +73,10 @@ def coverage(case: Case, methods: Sequence[Method], observations: int, draws: in
     many, x_0 = tasks.observed(case, observations, 0)
     posteriors = [replace(case, y=y).posterior() for y in many.y]
     truth = torch.stack([
-        torch.cat([x[None], p.sample(EXACT, seed=7, dtype=torch.float64)])
-        for x, p in zip(x_0, posteriors, strict=True)
+        torch.cat([x[None], p.sample(EXACT, seed=1000 + k, dtype=torch.float64)])
+        for k, (x, p) in enumerate(zip(x_0, posteriors, strict=True))  # numbers of its own for each y
     ])  # fmt: skip
-    control = torch.stack([p.sample(draws, seed=8, dtype=torch.float64) for p in posteriors])
+    control = torch.stack([p.sample(draws, seed=k, dtype=torch.float64) for k, p in enumerate(posteriors)])
     found = [_covered("exact draws", "", truth, control, posteriors)]
     each = replace(many, y=many.y.repeat_interleave(draws, 0))
     for method in methods:
