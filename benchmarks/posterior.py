@@ -1,154 +1,188 @@
-"""How right are posterior samplers? Against exact posteriors of a mixture of digits.
+"""How right are posterior samplers? Against exact posteriors of mixtures, beside azula's.
 
-    python benchmarks/posterior.py            # three tasks, two noises, three y; an hour or two on two threads
-    python benchmarks/posterior.py --quick    # does it run? one y, 64 samples, two tasks, a minute
+    pip install -e ".[peers]"                 # and azula, as a line of the output says
+    python benchmarks/posterior.py            # all parts: an hour on one thread
+    python benchmarks/posterior.py --quick    # does it run? two tasks, one y, 64 draws: two minutes
+    python benchmarks/posterior.py --only digits figure
 
-Protocol: ten full-covariance Gaussians fitted to scikit-learn's 8 x 8 digits, their exact score; x_t = x_0 + t eps,
-Karras levels from 80 to .01; y = A x_0 + std eps of an x_0 of the mixture. The exact posterior is a mixture again
-(GaussianMixture.posterior). w2: sliced 2-Wasserstein distance to exact samples, over 200 directions; floor: that of
-other exact samples, as many. modes: total variation between the mean responsibilities of the mixture's ten posterior
-components in the samples and their exact weights. ess: the mean of the particles' last effective sample size. seconds:
-of a run, with its vector-Jacobian products. Means over the y.
+Protocol: y = A x_0 + std eps of an x_0 of a mixture, whose exact score every method gets; the exact posterior is a
+mixture again (GaussianMixture.posterior). x_t = x_0 + t eps, Karras' levels, float64. y k is of seed k, and so are the
+draws of a method for it.
+
+digits: ten full-covariance Gaussians fitted to scikit-learn's 8 x 8 digits; three A, two std, three y each, 128 draws;
+levels from 80 to .01. distance: sliced 2-Wasserstein to exact draws, as many, over 200 directions, the mean of four
+sets; floor: that of these sets among themselves. modes: total variation between the mean responsibilities of the
+mixture's ten posterior components in the draws and their exact weights; "modes floor": of exact draws. evaluations:
+rows that the network is asked for, by the draw, all particles together; seconds: of all draws of a y, in this thread's
+time, with vector-Jacobian products. "exact score" is the score of p(x_t | y) itself: what a sampler's steps cost. A
+method whose draws are not finite, or a hundred times as large as data, diverges.
+lattice: MCGDiff's 25 Gaussians of unit spread on a lattice of pitch 8 (Cardoso et al. 2024) in 8 dimensions with one
+number seen (1,024 draws) and in 80 with two (128 draws), std .25, another A for each y; sliced 1-Wasserstein.
+coverage: "16 pixels", std .3: 200 x_0, each with a y of its own, and 19 draws for each y, all with one sampler. A 90 %
+region is one of ranks among the draws, of the exact log p(x | y) or of eight projections, so that exact draws have 90 %
+whatever their number. The density is of 64 numbers, and tells a sampler's steps too ("exact score"). "expected" is of
+64 exact draws of each posterior in x_0's place, which takes most of the chance out of it.
+particles: the same task, y 0, which has two modes, 64 runs: what k particles of posterior_sample err.
+figure: real digits whose upper half is seen, std .3.
 """
 
 import argparse
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import posterior_figure
+import posterior_parts
+import posterior_tasks
 import torch
 from overhead_measure import write
-from sklearn.datasets import load_digits
+from peer_samplers import PACKAGES, available
+from posterior_methods import (
+    MANY,
+    METHODS,
+    PARTICLES,
+    SCORES,
+    WITH_PARTICLES,
+    Method,
+    with_particles,
+    without_particles,
+)
 from tables import markdown
-from torch import Tensor
 
-from sdekit import GaussianMixture, HeatODE, sample
-from sdekit.posterior import Observation, posterior_sample, posterior_score
-
-FLOOR, DIRECTIONS, D = 1e-3, 200, 64
-SCORES = [("mmps", {}), ("tmpd", {}), ("pigdm", {"data_std": 0.6}), ("dps", {}), ("dps", {"gamma": 1.0})]
-SAMPLERS = [("ancestral", 100), ("sa_solver", 30), ("dpmpp_2m", 20)]
-PARTICLES = [("sa_solver", 60, 16)]
-
-
-def mixture() -> GaussianMixture:
-    """Ten Gaussians, one for each digit; pixels from -1 to 1."""
-    x, label = load_digits(return_X_y=True)
-    groups = [x[label == k] / 8 - 1 for k in range(10)]
-    covs = np.stack([np.cov(g.T) + FLOOR * np.eye(D) for g in groups])
-    return GaussianMixture(np.stack([g.mean(0) for g in groups]), covs, [len(g) / len(x) for g in groups])
-
-
-def operators() -> dict[str, Tensor]:
-    """The matrices of the tasks."""
-    unit = torch.eye(D, dtype=torch.float64)
-    pixels = torch.randperm(D, generator=torch.Generator().manual_seed(3))[:16].sort().values
-    means = unit.reshape(D, 4, 2, 4, 2).mean((2, 4)).reshape(D, 16).mT
-    return {"upper half": unit[:32], "16 pixels": unit[pixels], "2 x 2 means": means}
+Row = dict[str, Any]
+LINES = [(task, std) for task in ("upper half", "16 pixels", "2 x 2 means") for std in (0.05, 0.3)]
+PARTS = ("digits", "lattice", "coverage", "particles", "figure")
+# lines and y of the digits; draws there and on lattices, by dimension; x_0 of coverage; particles and their runs
+FULL: Row = {
+    "lines": LINES, "observations": 3, "draws": 128, "lattice": {8: 1024, 80: 128}, "coverage": 200,
+    "counts": (4, 8, 16, 32, 64), "runs": 64,
+}  # fmt: skip
+QUICK: Row = {
+    "lines": [("16 pixels", 0.3), ("2 x 2 means", 0.3)], "observations": 1, "draws": 64, "lattice": {8: 64, 80: 32},
+    "coverage": 20, "counts": (2, 4, 8), "runs": 16,
+}  # fmt: skip
+COVERAGE = ("16 pixels", 0.3)
+HEADLINE = with_particles(16).name
+APPROXIMATE = tuple(name for name, *_ in SCORES)
 
 
-def sliced_w2(a: Tensor, b: Tensor) -> float:
-    """The sliced 2-Wasserstein distance of as many samples of each."""
-    u = torch.randn(D, DIRECTIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    u = u / u.norm(dim=0)
-    return float(((a @ u).sort(0).values - (b @ u).sort(0).values).square().mean().sqrt())
-
-
-def mode_error(posterior: GaussianMixture, x: Tensor) -> float:
-    """The total variation between the components' shares in x and their weights."""
-    parts = []
-    for k in range(len(posterior.weights)):
-        one = GaussianMixture(posterior.means[k : k + 1], posterior.covs[k : k + 1])
-        parts.append(posterior.weights[k].log() + one.log_prob(x))
-    shares = torch.stack(parts, 1).softmax(1).mean(0)
-    return float((shares - posterior.weights).abs().sum()) / 2
-
-
-def draws(sde: HeatODE, score: Any, observation: Observation, n: int, quick: bool) -> Iterator[tuple[str, Any]]:
-    """(method, a function of the seed that draws n)."""
-    for method, options in SCORES:
-        for sampler, steps in SAMPLERS[1:2] if quick else SAMPLERS:
-            name = method + "".join(f", {k} {v:g}" for k, v in options.items())
-            made = posterior_score(sde, score, observation, method, **options)
-            yield (
-                f"{name}: {sampler} {steps}",
-                lambda seed, made=made, sampler=sampler, steps=steps: sample(
-                    sde, made, (n, D), sampler, steps=steps, grid="karras", seed=seed, dtype=torch.float64
-                ),
-            )
-    for sampler, steps, particles in [("sa_solver", 30, 8)] if quick else PARTICLES:
-        yield (
-            f"{particles} particles: {sampler} {steps}",
-            lambda seed: posterior_sample(
-                sde, score, observation, (n, D), particles=particles, sampler=sampler,  # noqa: B023
-                steps=steps, seed=seed, dtype=torch.float64,  # noqa: B023
-            ),
-        )  # fmt: skip
-
-
-def measure(tasks: list[str], stds: list[float], observations: int, n: int, quick: bool) -> list[dict[str, Any]]:
-    """One row for each task, noise and method: means over the observations."""
-    data, sde, found = mixture(), HeatODE(T=80.0), []
-    sde.t_min = 0.01
-    score = data.score(sde)
-    for task in tasks:
-        a = operators()[task]
-        for std in stds:
-            cells: dict[str, list[list[float]]] = {}
-            for k in range(observations):
-                x_0 = data.sample(1, seed=100 + k, dtype=torch.float64)[0]
-                noise = torch.randn(len(a), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-                y = a @ x_0 + std * noise
-                posterior = data.posterior(a, y, std)
-                exact, other = (posterior.sample(n, seed=seed, dtype=torch.float64) for seed in (1, 2))
-                cells.setdefault("floor", []).append([sliced_w2(exact, other), mode_error(posterior, other), 0.0, 0.0])
-                for name, draw in draws(sde, score, Observation(y, a, std), n, quick):
-                    start = time.perf_counter()
-                    try:
-                        out = draw(k)
-                    except FloatingPointError:
-                        cells.setdefault(name, []).append([np.inf, np.inf, 0.0, time.perf_counter() - start])
-                        continue
-                    seconds = time.perf_counter() - start
-                    x, ess = (out, 0.0) if isinstance(out, Tensor) else (out.x, float(out.ess.mean()))
-                    cells.setdefault(name, []).append([sliced_w2(exact, x), mode_error(posterior, x), ess, seconds])
-            for name, values in cells.items():
-                w2, modes, ess, seconds = np.mean(values, 0)
-                found.append({"task": task, "std": std, "method": name, "w2": w2, "modes": modes, "ess": ess,
-                              "seconds": seconds})  # fmt: skip
-                print(f"{task}, {std:g}, {name}: {w2:.3f} / {modes:.2f}, {seconds:.1f} s", flush=True)
+def rows_to_run(quick: bool) -> list[Method]:
+    """METHODS, without what is not installed; quick: one sampler for each, and few particles."""
+    found = [m for m in METHODS if not m.package or available(m.package)]
+    if quick:
+        found = [m for m in found if m.sampler in ("sa_solver 30", "DDPM 100") or m.name == with_particles(4).name]
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown, w2 / modes, a column for each task and noise."""
-    columns = list(dict.fromkeys((r["task"], r["std"]) for r in found))
-    cells = {
-        (r["method"], r["task"], r["std"]): "diverges" if r["w2"] > 100 else f"{r['w2']:.3f} / {r['modes']:.2f}"
-        for r in found
-    }
-    names = dict.fromkeys(r["method"] for r in found)
-    return markdown(
-        ["w2 / modes", *(f"{task}, {std:g}" for task, std in columns)],
-        [[name, *(cells[name, *column] for column in columns)] for name in names],
-    )
+def for_coverage(methods: list[Method]) -> list[Method]:
+    """Ours that take a y for each sample; scores by the sampler of the particles, which so differ in these alone."""
+    scores = without_particles(*WITH_PARTICLES)
+    known = {m.name for m in scores} | {few.name for few in map(with_particles, PARTICLES[:-1])}
+    return [*scores, *(m for m in methods if not m.common and m.name not in known)]
+
+
+def mean_rows(found: list[Row]) -> list[Row]:
+    """Means over the observations; "ratio" is the mean distance over the mean floor."""
+    groups: dict[tuple[str, str, str, float], list[Row]] = {}
+    for row in found:
+        groups.setdefault((row["method"], row["sampler"], row["task"], row["std"]), []).append(row)
+    keys = ("distance", "floor", "modes", "modes floor", "ess", "evaluations", "seconds")
+    means = []
+    for (method, sampler, task, std), rows in groups.items():
+        mean = {key: float(np.mean([row[key] for row in rows])) for key in keys}
+        of = {"method": method, "sampler": sampler, "task": task, "std": std}
+        means.append({**of, **mean, "ratio": mean["distance"] / mean["floor"]})
+    return means
+
+
+def table(found: list[Row]) -> str:
+    """Markdown, distance over the floor's / modes, a column for each task and std."""
+    means = mean_rows(found)
+    lines = list(dict.fromkeys((r["task"], r["std"]) for r in means))
+    of = {(r["method"], r["sampler"], r["task"], r["std"]): r for r in means}
+    floors = [next(r for r in means if (r["task"], r["std"]) == line) for line in lines]
+    exact = [
+        "exact draws: distance / modes",
+        "",
+        *(f"{r['floor']:.3f} / {r['modes floor']:.2f}" for r in floors),
+        "",
+        "",
+    ]
+    body = [exact]
+    names = list(dict.fromkeys(r["method"] for r in means))
+    pairs = dict.fromkeys((r["method"], r["sampler"]) for r in means)
+    for method, sampler in sorted(pairs, key=lambda pair: names.index(pair[0])):
+        own = [of[method, sampler, *line] for line in lines if (method, sampler, *line) in of]
+        cells = [cell(of.get((method, sampler, *line))) for line in lines]
+        evaluations, seconds = (np.mean([r[key] for r in own]) for key in ("evaluations", "seconds"))
+        body.append([method, sampler, *cells, f"{evaluations:.0f}", f"{seconds:.2g}"])
+    header = ["distance over exact draws' / modes", "sampler", *(f"{task}, {std:g}" for task, std in lines)]
+    return markdown([*header, "evaluations", "seconds"], body)
+
+
+def cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return "diverges" if np.isnan(row["distance"]) else f"{row['ratio']:.2f} / {row['modes']:.2f}"
+
+
+def coverage_table(found: list[Row]) -> str:
+    """Markdown, per cent; of the x_0 themselves with the binomial spread of as many at 90 %."""
+    spread = 100 * (0.09 / found[0]["observations"]) ** 0.5
+
+    def cells(row: Row) -> list[str]:
+        if np.isnan(row["density"]):
+            return ["diverges", "", "", ""]
+        keys = ("density", "density expected", "projections", "projections expected")
+        first, *rest = (f"{100 * row[key]:.1f}" for key in keys)
+        return [f"{first} ± {spread:.1f}", *rest]
+
+    header = ["% of x_0 in 90 % regions", "sampler", "highest density", "expected", "projections", "expected"]
+    return markdown(header, [[row["method"], row["sampler"], *cells(row)] for row in found])
+
+
+def particles_table(found: list[Row]) -> str:
+    """Markdown, errors by particles and their slopes."""
+    keys = {"modes": "mode weights", "exact": "of as many exact draws", "log evidence": "log p(y)"}
+    lines = [[row["particles"], *(f"{row[key]:.3g}" for key in keys), f"{row['evaluations']:.0f}"] for row in found]
+    slopes = [f"{posterior_parts.slope(found, key):.2f}" for key in keys]
+    return markdown(["particles", *keys.values(), "evaluations"], [*lines, ["slope", *slopes, ""]])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one y, 64 samples, 8 particles, 30 steps")
+    parser.add_argument("--quick", action="store_true", help="two tasks, one y, 64 draws, 4 particles, 30 steps")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--observations", type=int, default=0, help="y of each task (default 3; quick 1)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.quick:
-        found = measure(["16 pixels", "2 x 2 means"], [0.3], 1, 64, True)
-    else:
-        found = measure(list(operators()), [0.05, 0.3], 3, 256, False)
-    print(f"\n{table(found)}")
-    write(options.out / "posterior.csv", found)
+    size, methods = QUICK if options.quick else FULL, rows_to_run(options.quick)
+    seen = options.observations or size["observations"]
+    if not available("azula"):
+        print(f"azula is not installed, its rows are missing: {PACKAGES['azula']}", flush=True)
+    found: dict[str, list[Row]] = {}
+    if "digits" in options.only:
+        found["posterior"] = posterior_parts.digits(size["lines"], methods, seen, size["draws"])
+    if "lattice" in options.only:
+        more = [] if options.quick else [with_particles(MANY)]
+        found["posterior_lattice"] = posterior_parts.lattices(methods, seen, size["lattice"], more)
+    case = posterior_tasks.digits(*COVERAGE)
+    if "coverage" in options.only:
+        found["posterior_coverage"] = posterior_parts.coverage(case, for_coverage(methods), size["coverage"], 19)
+    if "particles" in options.only:
+        case = posterior_tasks.observed(case, 0, 0)[0]
+        found["posterior_particles"] = posterior_parts.growing(case, size["counts"], size["runs"], *WITH_PARTICLES)
+    show = dict(zip(("posterior", "posterior_lattice", "posterior_coverage", "posterior_particles"),
+                    (table, table, coverage_table, particles_table), strict=True))  # fmt: skip
+    for name, rows in found.items():
+        print(f"\n{show[name](rows)}")
+        write(options.out / f"{name}.csv", rows)
+    if "figure" in options.only:
+        posterior_figure.draw(
+            options.out, options.quick, found.get("posterior", []), found.get("posterior_particles", [])
+        )
 
 
 if __name__ == "__main__":

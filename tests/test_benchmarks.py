@@ -17,7 +17,6 @@ import nfe_vs_fid
 import overhead
 import overhead_calls
 import overhead_measure
-import posterior
 
 from sdekit import SAMPLERS
 from sdekit.processes.kinds import KINDS
@@ -242,14 +241,3 @@ def test_a_small_network_beside_diffusers(monkeypatch, tmp_path, capsys):
         assert 0 < float(row["lower quartile"]) <= float(row["ratio"]) <= float(row["upper quartile"])
         assert 0 < float(row["beside ms"]) < float(row["ms"])
     assert network_overhead.table(found) in capsys.readouterr().out
-
-
-def test_the_scorecard_of_posteriors_has_every_method_beside_the_floor(capsys):
-    found = posterior.measure(["16 pixels"], [0.3], 1, 16, True)
-    assert found[0]["method"] == "floor"
-    assert len(found) == 2 + len(posterior.SCORES)
-    particles = found[-1]
-    assert particles["method"] == "8 particles: sa_solver 30"
-    assert particles["w2"] < 2 * found[0]["w2"]
-    assert 1 <= particles["ess"] <= 8
-    assert "16 pixels, 0.3" in posterior.table(found)
