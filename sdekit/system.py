@@ -82,6 +82,7 @@ class System:
     network_calls: int = 1  # of one evaluation, at most, as far as is known
     backwards_only: bool = False  # True where the equation means something in decreasing time alone
     diffuses: bool = True  # False: it is not made by a Brownian motion, and has a flow but no SDE
+    shifted: bool = False  # what runs is x - m(t), and ``centre`` and ``place`` say how
     root: Callable[[Tensor], Tensor] | None = None  # L where the noise is L dW; None where it is dW
     replayed: bool = False  # True where a step is taken again and again from one state, till all it asks for is known
 
@@ -136,6 +137,14 @@ class System:
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``; a system may remember it for the key."""
         return make()
+
+    def centre(self, x: Tensor, t: Time) -> Tensor:
+        """x - m(t), of a system that is ``shifted``."""
+        return x
+
+    def place(self, x: Tensor, t: Time) -> Tensor:
+        """x of x - m(t)."""
+        return x
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Told before a loop where it starts and which times it will visit, so that one vectorised call serves all."""

@@ -167,6 +167,8 @@ def _solve(
             divergence = Divergence(divergence.vectors.clone(), divergence.exact)
             return _solve(sde, score, x.clone(), forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     b, d = x.shape[0], x[0].numel()
+    here, there = (sde.t_min, sde.T) if forwards else (sde.T, sde.t_min)
+    given, x = x, sde.centre(x, here)  # of a process with a mean of its own, all is done without it
     system = sde.probability_flow(score)
     system.prepare([sde.t_min, sde.T], x)
     method = Density(system, x, divergence, rtol, atol, graph)
@@ -181,8 +183,8 @@ def _solve(
     )  # fmt: skip
     if not solution.success:
         raise SolverError(solution)
-    end = (solution.x[:, :d] * last).reshape(x.shape)
-    latent = end if forwards else x
+    end = sde.place((solution.x[:, :d] * last).reshape(x.shape), there)
+    latent = end if forwards else given
     prior = (prior_log_prob or sde.prior_log_prob)(latent)
     if prior.shape != (b,):
         raise ValueError(f"prior_log_prob must return shape ({b},), got {tuple(prior.shape)}")
@@ -257,7 +259,7 @@ def _truncation(
     near, far = (a1 * score).reshape(b, d), (a2 * farther).reshape(b, d)
     slope = (a1**2 * div + near.square().sum(1)) / 2
     bend = (v1 - v0) / 2 * ((a2**2 * div_farther.mean(1) + far.square().sum(1)) / 2 - slope)
-    move = x.reshape(b, d) * (1 / a0 - 1 / a1)
+    move = (sde.place(x, sde.t_min) / a0 - x / a1).reshape(b, d)
     turn = ((near - far) * move).sum(1) / 2
     first = (near * move).sum(1) - (v1 - v0) * slope + d * math.log(a1 / a0)
     return first + bend + turn, bend.abs() + turn.abs()

@@ -11,7 +11,7 @@ from sdekit import _checks
 from sdekit.processes.counted import Model, as_model, ask, samples
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score
 from sdekit.processes.reverse import levels_of
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_centred
 from sdekit.system import NOTHING, Score, as_time, expand
 
 
@@ -41,7 +41,7 @@ class Derived:
         if self.predicts == "score":
             return out
         a, b = to_score(self.predicts, self.sde, time)
-        return expand(a, x) * out + expand(b, x) * x
+        return expand(a, x) * out + expand(b, x) * self.sde.centre(x, time)
 
     def under(self, sde: SDE) -> "Under":
         """The same model under another process, by the map of noise levels (:class:`Under`)."""
@@ -90,6 +90,8 @@ class Under(Derived):
     def __init__(self, model: Model, sde: SDE) -> None:
         super().__init__(model, model)  # type: ignore[arg-type]
         _checks.instance(sde)
+        for one in (model.sde, sde):
+            require_centred(one, "under")
         self.sde = sde
         end = levels_of(sde, torch.tensor(sde.T, dtype=torch.float64))
         if model.predicts in BLIND and bool(end.alpha <= NOTHING * end.sigma):

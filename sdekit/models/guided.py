@@ -13,6 +13,7 @@ from sdekit.models.network import NetworkScore
 from sdekit.processes.counted import Model, ask
 from sdekit.processes.kinds import BLIND, express, kind_of, to_score, zero_signal
 from sdekit.processes.reverse import levels_of, said_of
+from sdekit.processes.sde import require_centred
 from sdekit.system import Score, holds
 
 Mix = Callable[[Tensor, Tensor], Tensor]  # (c, u) -> what is said, sample by sample
@@ -25,6 +26,8 @@ class Apart:
         self.strong, self.weak = strong, weak
         self.network_calls: int = getattr(strong, "network_calls", 1) + getattr(weak, "network_calls", 1)
         self._alike = strong.predicts == weak.predicts and strong.sde is weak.sde
+        if not self._alike:
+            require_centred(strong.sde, "a weaker model of another kind of prediction")
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """What both make of the times, and the numbers between their kinds."""
@@ -99,6 +102,8 @@ class Guided(Derived):
         self._kind = None if kind == self.predicts and math.isinf(quiet) else kind
         if self.sde is None and (self._kind or interval is not None):
             raise ValueError("noise levels and kinds of prediction need a process: make the score a model by as_score")
+        if self._kind is not None:
+            require_centred(self.sde, "guidance in another kind of prediction")
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """What the pair makes of the times, the numbers between the kinds, and whether each is in the band."""

@@ -51,12 +51,14 @@ class GaussianMixture:
         """The marginal p_t under a process: means alpha m_k, covariances alpha^2 C_k + sigma^2 K (I). t is one time."""
         if sde.root is not None:
             return self._mapped(sde.whiten).at(sde.white, t)._mapped(sde.colour)
-        require_white(sde, "the marginal of a mixture")
+        if not sde.diffuses:
+            require_white(sde, "the marginal of a mixture")
         a, s = (torch.as_tensor(y, dtype=torch.float64) for y in (sde.alpha(t), sde.sigma(t)))
         if a.ndim:
             raise ValueError(f"t must be one time, got shape {tuple(a.shape)}; score and log_prob take one per sample")
         marginal = GaussianMixture.__new__(GaussianMixture)
-        marginal._set(a * self.means, a**2 * self.eigenvalues + s**2, self.eigenvectors, self.weights)
+        means = a * self.means if sde.centred else sde.place(a * self.means, t)
+        marginal._set(means, a**2 * self.eigenvalues + s**2, self.eigenvectors, self.weights)
         return marginal
 
     def _mapped(self, by: Callable[[Tensor], Tensor]) -> "GaussianMixture":
@@ -167,26 +169,27 @@ class MixtureScore:
         _checks.instance(sde)
         if sde.root is not None:
             mixture = mixture._mapped(sde.whiten)
-        else:
+        elif not sde.diffuses:
             require_white(sde, "the score of a mixture")
         self.mixture, self.sde = mixture, sde
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """grad log p_t, like x; K grad log p_t of a process with correlated noise."""
         time = as_time(t, self.sde.T).cpu()
-        out, _ = self.mixture._score(self._white(x), self.sde.alpha(time), self.sde.sigma(time))
+        out, _ = self.mixture._score(self._white(x, time), self.sde.alpha(time), self.sde.sigma(time))
         return self.sde.colour(-out.reshape(x.shape)).to(x)
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """alpha eps - sigma x_0, like x."""
         time = time.cpu()
         a, s = self.sde.alpha(time), self.sde.sigma(time)
-        out, x_0 = self.mixture._score(self._white(x), a, s)
+        out, x_0 = self.mixture._score(self._white(x, time), a, s)
         a, s = (y.to(out).reshape(-1, 1) for y in (a, s))
         return self.sde.colour((a * s * out - s * x_0).reshape(x.shape)).to(x)
 
-    def _white(self, x: Tensor) -> Tensor:
-        """x where the noise is white: the mixture here is of that."""
+    def _white(self, x: Tensor, time: Tensor) -> Tensor:
+        """x without the process's own mean, and where the noise is white: the mixture here is of that."""
+        x = self.sde.centre(x, time)
         return x if self.sde.root is None else self.sde.whiten(x.double())
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:

@@ -93,7 +93,7 @@ class NetworkScore:
         if self.predicts == "score":
             return self.output(x, time)
         a, b = to_score(self.predicts, self.sde, time)
-        return expand(a, x) * self.output(x, time) + expand(b, x) * x
+        return expand(a, x) * self.output(x, time) + expand(b, x) * self.sde.centre(x, time)
 
     def speaks_like(self, other: "NetworkScore") -> bool:
         """Whether both are of one network, wrapped alike: conditions may differ."""

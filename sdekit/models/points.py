@@ -42,7 +42,7 @@ class PointScore:
         """(alpha E[x_0|x] - x)/sigma^2, like x."""
         time = as_time(t, self.sde.T)
         a, s = (expand(y, x.double()) for y in (self.sde.alpha(time), self.sde.sigma(time)))
-        return ((a * self._x_0(x, time) - x.double()) / s**2).to(x)
+        return ((a * self._x_0(x, time) - self.sde.centre(x.double(), time)) / s**2).to(x)
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """E[x_0|x], like x."""
@@ -57,10 +57,11 @@ class PointScore:
         points = self.points.to(x.device)
         if x.shape[1:] != points.shape[1:]:
             raise ValueError(f"x must be (B, *{tuple(points.shape[1:])}), as the points are, got {tuple(x.shape)}")
-        n, time = len(points), time.expand(len(x))
+        x, n = self.sde.centre(x.double(), time), len(points)
+        time = time.expand(len(x))
         parts = []
         for rows in torch.arange(len(x)).split(max(1, _NUMBERS // points.numel())):
-            some, t = x[rows.to(x.device)].double(), time[rows.to(time.device)]
+            some, t = x[rows.to(x.device)], time[rows.to(time.device)]
             off = some[:, None] - expand(self.sde.alpha(t), some)[:, None] * points
             log_w = self.sde.log_kernel(off.flatten(0, 1), t.repeat_interleave(n)).reshape(-1, n)
             parts.append((log_w.softmax(1) @ points.reshape(n, -1)).reshape(some.shape))

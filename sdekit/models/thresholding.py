@@ -11,7 +11,7 @@ from sdekit import _checks
 from sdekit.models.derived import Derived
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_centred
 from sdekit.system import Score, expand
 
 
@@ -27,6 +27,7 @@ class Thresholded(Derived):
         self, sde: SDE, score: Score, move: Callable[[Tensor], Tensor], data_range: tuple[float, float]
     ) -> None:
         super().__init__(score, as_model(score, sde))
+        require_centred(sde, "a threshold")
         self._move, self.data_range = move, data_range
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Forward processes, each its alpha and its sigma, and the reverse family that follows from them."""
 
+from sdekit.processes.affine import AffineSDE, BridgeSDE, ShiftedSDE
 from sdekit.processes.correlated import CorrelatedSDE
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
 from sdekit.processes.poisson import PoissonFlow
@@ -11,13 +12,16 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "AffineSDE",
     "BetaTable",
+    "BridgeSDE",
     "CorrelatedSDE",
     "CosineVP",
     "HeatODE",
     "PoissonFlow",
     "RectifiedFlow",
     "Reverse",
+    "ShiftedSDE",
     "SigmaTable",
     "SubVPSDE",
 ]

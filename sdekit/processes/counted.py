@@ -54,6 +54,27 @@ def as_model(score: Any, sde: Any) -> Model:
     return score if hasattr(score, "predicts") and hasattr(score, "output") else Plain(score, sde)
 
 
+class _Placed:
+    """A model of x, for solvers that run on x - m(t)."""
+
+    def __init__(self, model: Model, sde: Any) -> None:
+        self.model, self.process = model, sde
+        self.sde, self.predicts, self.network_calls = model.sde, model.predicts, getattr(model, "network_calls", 1)
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
+        """What the model says of x + m(t)."""
+        return self.model.output(self.process.place(x, time), time, ready)
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
+        """What the model makes of times."""
+        return self.model.prepare(times, x)
+
+
+def placed(model: Model, sde: Any) -> Model:
+    """The model as solvers ask it: of x less the process's own mean, where it has one."""
+    return _Placed(model, sde) if not getattr(sde, "centred", True) and not isinstance(model, _Placed) else model
+
+
 class Moment(NamedTuple):
     """A time as a model is given it, and the two numbers of  score = a output + b x  there."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.counted import Counted, Model, Moment, as_model
+from sdekit.processes.counted import Counted, Model, Moment, as_model, placed
 from sdekit.processes.kept import MOST, kept
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
 from sdekit.system import NOTHING, Levels, Process, Score, System, Time, as_time, expand, float64, holds
@@ -63,7 +63,7 @@ class Reverse(System):
 
     def __init__(self, sde: Process, score: Score, churn: float = 1.0) -> None:
         self.churn = _checks.positive(churn, "churn", zero=True)
-        self.sde, self.model = sde, Counted(as_model(score, sde))
+        self.sde, self.model = sde, Counted(placed(as_model(score, sde), sde))
         if self.churn and not self.diffuses:
             raise ValueError(
                 f"{type(sde).__name__} has no reverse SDE, whose churn is {self.churn:g}: only a flow, churn = 0, for "
@@ -77,6 +77,19 @@ class Reverse(System):
     def diffuses(self) -> bool:  # type: ignore[override]
         """Whether the process is made by a Brownian motion: if not there is no reverse SDE."""
         return getattr(self.sde, "diffuses", True)
+
+    @property
+    def shifted(self) -> bool:  # type: ignore[override]
+        """Whether the process has a mean of its own; everything here is of x less that."""
+        return not getattr(self.sde, "centred", True)
+
+    def centre(self, x: Tensor, t: Time) -> Tensor:
+        """The process's."""
+        return self.sde.centre(x, t)  # type: ignore[attr-defined]
+
+    def place(self, x: Tensor, t: Time) -> Tensor:
+        """The process's."""
+        return self.sde.place(x, t)  # type: ignore[attr-defined]
 
     @property
     def root(self) -> Any:  # type: ignore[override]

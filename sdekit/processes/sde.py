@@ -49,6 +49,7 @@ class SDE(System):
     t_min: float = 1e-3
     grid: str | None = None
     unit_level: float = 1.0
+    centred: bool = True  # False: x_t has a mean besides alpha x_0, as a ShiftedSDE's has
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -260,9 +261,16 @@ class SDE(System):
 
 
 def require_white(sde: Any, what: str) -> None:
-    """Raise ValueError for a process whose noise is not white and Gaussian, for ``what`` is made of that."""
+    """Raise ValueError for a process that is not x_t ~ N(alpha x_0, sigma^2), for ``what`` is made of that."""
     if getattr(sde, "root", None) is not None or not getattr(sde, "diffuses", True):
         raise ValueError(f"{what} is for processes of white Gaussian noise, which {type(sde).__name__} has not")
+    require_centred(sde, what)
+
+
+def require_centred(sde: Any, what: str) -> None:
+    """Raise ValueError for a process with a mean of its own, for ``what`` is made of x = alpha x_0 + sigma eps."""
+    if not getattr(sde, "centred", True):
+        raise ValueError(f"{what} is for processes of mean alpha x_0; {type(sde).__name__} adds one of its own to it")
 
 
 def _plain_slopes(

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.kinds import KINDS
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_centred
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fixed import Plan, Sampler, plan
 from sdekit.sampling.grids import Grid
@@ -121,6 +121,7 @@ class AskTell:
         budget: int | None = None,
     ) -> None:
         _checks.lookup(KINDS, predicts, "prediction")
+        require_centred(sde, "AskTell")
         self._budget, self._asked = budget, 0
         self._answers = _Answers(sde, predicts)
         self._system = sde.reverse(change(self._answers), made.row.churn)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.processes.counted import Model, as_model, samples
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_centred
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fitting import FittedTable, Noises
 from sdekit.sampling.fixed import SAMPLERS, sample
@@ -85,6 +85,7 @@ def calibrate(
     judges = min(noises, _JUDGES)
     size = (noises + judges, *_checks.event_shape(shape)[1:])
     device = device or getattr(score, "device", None)
+    require_centred(sde, "calibrate")
     x_T = sde.prior_sample(size, seed=seed, device=device, dtype=dtype)
     steps = max(50, 4 * nfe)
     # Draw i has the conditions of sample i of ``shape``, and then from the first on again.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.sde import SDE
+from sdekit.processes.sde import SDE, require_centred
 from sdekit.sampling.adaptive import flow
 from sdekit.solvers.solution import rms
 from sdekit.solvers.solve import without_graph
@@ -97,6 +97,7 @@ def interpolate(
     one solution, and all weights decoded in one. (Song et al. 2021, appendix D.3; 2021a, DDIM, section 5.3.)
     Raises as :func:`encode`, :func:`decode` and :func:`slerp`; opposite are then the latents.
     """
+    require_centred(sde, "interpolate")
     _alike(a, b)
     weights = _weights(weights)  # before the work, not after it
     latent_a, latent_b = encode(sde, score, torch.cat([a, b]).detach(), method=method, rtol=rtol, atol=atol).chunk(2)

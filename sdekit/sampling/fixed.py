@@ -167,7 +167,7 @@ def sample(
             x = state(sde, score, shape, drawn, seed, x_T, device, dtype, ids) * scale
             if first < top:
                 system.model.remake = differentiable == "checkpoint"
-                x = bridge(system, x, top, first, row.stochastic)
+                x = system.place(bridge(system, system.centre(x, top), top, first, row.stochastic), first)
         noise = Noise(x, seed, ids, root=sde.root)
         solution = solve(
             system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,

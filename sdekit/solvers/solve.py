@@ -17,7 +17,7 @@ from sdekit.solvers.adaptive import MAX_NFE, adaptive
 from sdekit.solvers.fixed import integrate
 from sdekit.solvers.frame import FlowFrame, InFrame
 from sdekit.solvers.rungekutta import TABLEAUS, RungeKutta
-from sdekit.solvers.solution import Callback, Solution
+from sdekit.solvers.solution import Callback, Solution, Trajectory
 from sdekit.solvers.sra import SRA1
 from sdekit.solvers.steppers import RULES, StepRule, as_rule
 from sdekit.system import NOISE_TYPES, System
@@ -80,11 +80,22 @@ def solve(
         system.model.remake = differentiable == "checkpoint"
     elif differentiable == "checkpoint":
         raise ValueError('differentiable="checkpoint" needs a system of a model, such as sde.probability_flow(score)')
+    told = callback
     with graph(differentiable):
-        return _solve(
+        if system.shifted:  # it runs on x less a mean of the process's own
+            x = system.centre(x, torch.as_tensor(grid, dtype=torch.float64).reshape(-1)[0])
+            told = callback and (lambda k, t, y: callback(k, t, system.place(y, t)))
+        out = _solve(
             system, x, grid, method, rtol=rtol, atol=atol, max_nfe=max_nfe, noise=noise, keep=keep, denoise=denoise,
-            estimate=estimate, progress=progress, callback=callback,
+            estimate=estimate, progress=progress, callback=told,
         )  # fmt: skip
+        if not system.shifted:
+            return out
+        path = out.trajectory
+        if path is not None:
+            path = Trajectory(path.t, torch.stack([system.place(y, t) for t, y in zip(path.t, path.x, strict=True)]))
+        there = out.x if denoise and out.success else system.place(out.x, out.t.to(x.device))
+        return replace(out, x=there, trajectory=path)
 
 
 def graph(differentiable: bool | str) -> Any:
