@@ -12,19 +12,23 @@ v_zero_snr         v, CosineVP(): alpha(T) = 0
 flow_shift         flow, RectifiedFlow(shift=3): alpha(T) = 0
 x0_edm             x_0 by EDM's preconditioning, weighting and times, HeatODE() to sigma = 80
 eps_conditional    eps, VPSDE(), told the digit; a sample's label here is its number modulo ten
+
+and, for poisson.py alone:
+
+x0_poisson         as x0_edm, PoissonFlow(128)
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdekit import SDE, VPSDE, BetaTable, CosineVP, HeatODE, RectifiedFlow
+from sdekit import SDE, VPSDE, BetaTable, CosineVP, HeatODE, PoissonFlow, RectifiedFlow
 from sdekit.models.network import NetworkScore
 from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.digits import load_digits
@@ -64,9 +68,12 @@ BENCH = {
 }
 
 
+OTHERS = {"x0_poisson": replace(BENCH["x0_edm"], process=lambda: PoissonFlow(128))}
+
+
 def make(name: str, path: Path, steps: int = STEPS) -> None:
     """Train one and write it."""
-    kind = BENCH[name]
+    kind = {**BENCH, **OTHERS}[name]
     images, labels = load_digits()
     sde, classes = kind.process(), {"classes": 10} if kind.conditional else {}
     network = build("UNet", seed=0, channels_in=1, width=16, multipliers=(1, 2), blocks=1, **classes)
@@ -87,12 +94,13 @@ def make(name: str, path: Path, steps: int = STEPS) -> None:
 def load(name: str, samples: int) -> tuple[SDE, NetworkScore]:
     """(process, model) of the bench; a conditional one with the labels of so many samples."""
     sde, score = load_checkpoint(FOLDER / f"{name}.safetensors")
-    return sde, score.given(torch.arange(samples) % 10) if BENCH[name].conditional else score
+    conditional = name in BENCH and BENCH[name].conditional
+    return sde, score.given(torch.arange(samples) % 10) if conditional else score
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=BENCH, default=list(BENCH), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*BENCH, *OTHERS], default=[*BENCH, *OTHERS], metavar="NAME")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)

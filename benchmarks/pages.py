@@ -29,6 +29,7 @@ import overhead
 import overhead_calls
 import peer_loops
 import peers
+import poisson
 import posterior
 import training
 from choosing import slashed
@@ -221,6 +222,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table:nfe_vs_error": lambda: nfe_vs_error.summary(rows("nfe_vs_error")),
     "table:diffusers_unet": lambda: diffusers_unet.table(rows("diffusers_unet"), rows("diffusers_unet_time")),
     "numbers:diffusers_unet": diffusers_numbers,
+    "table:poisson": lambda: poisson.table(rows("poisson")),
     "table:noisy_rows": lambda: noisy_rows.table(rows("noisy_rows")),
     "table:sensitivity": lambda: nfe_vs_error.sensitivity_table(rows("sensitivity")),
     "table:posterior": lambda: posterior.table(rows("posterior")),

@@ -17,6 +17,7 @@ import nfe_vs_fid
 import overhead
 import overhead_calls
 import overhead_measure
+import poisson
 
 from sdekit import SAMPLERS
 from sdekit.processes.kinds import KINDS
@@ -241,3 +242,13 @@ def test_a_small_network_beside_diffusers(monkeypatch, tmp_path, capsys):
         assert 0 < float(row["lower quartile"]) <= float(row["ratio"]) <= float(row["upper quartile"])
         assert 0 < float(row["beside ms"]) < float(row["ms"])
     assert network_overhead.table(found) in capsys.readouterr().out
+
+
+def test_poisson_flow_beside_diffusion(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(poisson, "SHOWN", (5, 10))
+    poisson.main(["--quick", "--out", str(tmp_path)])
+    found = read(tmp_path / "poisson.csv")
+    assert [row["network"] for row in found] == ["real images", *(name for name in poisson.ROWS for _ in (5, 10))]
+    assert all(0 < float(row["distance"]) < 5 for row in found)
+    assert "| PoissonFlow(128), x_0 (PFGM++) | " in capsys.readouterr().out
+    assert (tmp_path / "poisson.png").stat().st_size > 10_000
