@@ -11,7 +11,8 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.likelihood.quantization import Quantization
 from sdekit.noise.keyed import Noise
-from sdekit.processes.sde import SDE, require_white
+from sdekit.processes.law import require_white
+from sdekit.processes.sde import SDE
 from sdekit.sampling.grids import Grid, first_level, make_grid
 from sdekit.system import NOTHING, Score, Time, float64
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.processes.counted import Model, as_model, ask, samples
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score
+from sdekit.processes.law import law_of, require_centred, require_same
 from sdekit.processes.reverse import levels_of
-from sdekit.processes.sde import SDE, require_centred
+from sdekit.processes.sde import SDE
 from sdekit.system import NOTHING, Score, as_time, expand
 
 
@@ -92,10 +93,20 @@ class Under(Derived):
         _checks.instance(sde)
         for one in (model.sde, sde):
             require_centred(one, "under")
+        if law_of(model.sde) != law_of(sde):
+            raise ValueError(
+                f"under changes noise levels alone: {type(model.sde).__name__} and {type(sde).__name__} have different "
+                "noise, which a model is trained for"
+            )
         self.sde = sde
         end = levels_of(sde, torch.tensor(sde.T, dtype=torch.float64))
         if model.predicts in BLIND and bool(end.alpha <= NOTHING * end.sigma):
             self.predicts = "v"  # E[x_0|x] is known where alpha = 0, and these could not say it
+
+    def given(self, *args: Any, **kwargs: Any) -> "Under":
+        """That of the model with these conditions (:meth:`NetworkScore.given`)."""
+        inside: Any = self.inside
+        return Under(inside.given(*args, **kwargs), self.sde)
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """The times of the model's own process and what it makes of them, and the numbers there."""
@@ -135,6 +146,7 @@ class Whitened(Derived):
 
     def __init__(self, score: Score, sde: SDE) -> None:
         super().__init__(score, as_model(score, sde))
+        require_same(self.inside.sde, sde, torch.linspace(sde.t_min, sde.T, 9, dtype=torch.float64))
         self._outer, self.sde = sde, sde.white
 
     def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:

@@ -12,8 +12,8 @@ from sdekit.models.derived import Derived, columns, fitting, gradient_of, inside
 from sdekit.models.network import NetworkScore
 from sdekit.processes.counted import Model, ask
 from sdekit.processes.kinds import BLIND, express, kind_of, to_score, zero_signal
+from sdekit.processes.law import law_of, require_centred, require_gradient
 from sdekit.processes.reverse import levels_of, said_of
-from sdekit.processes.sde import require_centred
 from sdekit.system import Score, holds
 
 Mix = Callable[[Tensor, Tensor], Tensor]  # (c, u) -> what is said, sample by sample
@@ -26,6 +26,11 @@ class Apart:
         self.strong, self.weak = strong, weak
         self.network_calls: int = getattr(strong, "network_calls", 1) + getattr(weak, "network_calls", 1)
         self._alike = strong.predicts == weak.predicts and strong.sde is weak.sde
+        if strong.sde is not weak.sde and None not in (strong.sde, weak.sde) and law_of(strong.sde) != law_of(weak.sde):
+            raise ValueError(
+                f"two models are mixed under one process; these are of {type(strong.sde).__name__} and "
+                f"{type(weak.sde).__name__}, which have different noise or means"
+            )
         if not self._alike:
             require_centred(strong.sde, "a weaker model of another kind of prediction")
 
@@ -154,6 +159,7 @@ class Classified(Derived):
 
     def __init__(self, score: Score, log_prob: Callable[..., Tensor], scale: float, given: Sequence[Any]) -> None:
         super().__init__(score, inside(score)[0])
+        require_gradient(self.sde, "classifier guidance")
         self._log_prob, self._scale = log_prob, scale
         self._given = Conditions(tuple(given), {})
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
-from sdekit.processes.sde import SDE, require_white
+from sdekit.processes.law import require_white
+from sdekit.processes.sde import SDE
 from sdekit.system import Time, as_time
 
 
@@ -57,6 +58,8 @@ class GaussianMixture:
         if a.ndim:
             raise ValueError(f"t must be one time, got shape {tuple(a.shape)}; score and log_prob take one per sample")
         marginal = GaussianMixture.__new__(GaussianMixture)
+        if not sde.common(self.means[:1]):
+            raise ValueError(f"{type(sde).__name__} has a y for each sample, and a marginal is of one: give it one y")
         means = a * self.means if sde.centred else sde.place(a * self.means, t)
         marginal._set(means, a**2 * self.eigenvalues + s**2, self.eigenvectors, self.weights)
         return marginal

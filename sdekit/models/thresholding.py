@@ -11,7 +11,8 @@ from sdekit import _checks
 from sdekit.models.derived import Derived
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
-from sdekit.processes.sde import SDE, require_centred
+from sdekit.processes.law import require_centred
+from sdekit.processes.sde import SDE
 from sdekit.system import Score, expand
 
 

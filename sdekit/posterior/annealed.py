@@ -16,9 +16,10 @@ from sdekit.models.guided import each
 from sdekit.noise.keyed import Noise
 from sdekit.posterior.local import conjugate_gradients
 from sdekit.posterior.observation import Observation
-from sdekit.processes.sde import SDE, require_white
+from sdekit.processes.law import require_white
+from sdekit.processes.sde import SDE
 from sdekit.sampling.fixed import Sampler, as_sampler
-from sdekit.sampling.grids import Grid, make_grid
+from sdekit.sampling.grids import INNER, make_grid
 from sdekit.sampling.starts import state
 from sdekit.solvers.solution import bar
 from sdekit.solvers.solve import solve
@@ -57,7 +58,7 @@ def annealed_sample(
     levels: int | Sequence[float] = 100,
     sampler: str | Sampler | StepRule | None = None,
     steps: int = 10,
-    grid: Grid = "karras",
+    grid: str | Callable[[SDE, int], Tensor] = "karras",
     proposals: int = 24,
     seed: int | None = None,
     ids: Sequence[int] | None = None,
@@ -94,8 +95,10 @@ def annealed_sample(
     require_white(sde, "annealed_sample")
     if not isinstance(observation, Observation):
         raise TypeError(f"observation must be an Observation(y, A, std), got {type(observation).__name__}")
-    gibbs = _checks.lookup(_SAMPLERS, method, "method") == _SAMPLERS["split_gibbs"]
-    row = as_sampler(_SAMPLERS[method] if sampler is None else sampler)
+    usual, gibbs = _checks.lookup(_SAMPLERS, method, "method"), method == "split_gibbs"
+    row = as_sampler(usual if sampler is None else sampler)
+    if grid in INNER:
+        raise ValueError(f"grid must go on from each level, and {grid!r} begins below it: take {grid[6:]!r}")
     if gibbs and not row.stochastic:
         raise ValueError(
             f"sampler must be one with noise for split_gibbs, such as sa_solver or ancestral: {sampler!r} draws none"
@@ -133,7 +136,12 @@ def _levels(sde: SDE, levels: Any) -> tuple[list[float], list[float]]:
     if isinstance(levels, numbers.Integral):
         ends = min(_HIGHEST * sde.unit_level, high), max(_LOWEST * sde.unit_level, 1.5 * low)
         first, last = torch.tensor(ends, dtype=torch.float64) ** (1 / 7)
-        rs = torch.lerp(first, last, torch.linspace(0, 1, _checks.count(levels, "levels"), dtype=torch.float64)) ** 7
+        rs = (
+            torch.lerp(
+                first, last, torch.linspace(0, 1, _checks.count(levels, "levels", minimum=2), dtype=torch.float64)
+            )
+            ** 7
+        )
         rs[0] = ends[0]  # exactly: it may be the process's highest
     else:
         try:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.processes.law import require_gradient
 from sdekit.solvers.steppers import StepRule, as_rule
 from sdekit.system import expand
 
@@ -35,6 +36,8 @@ def replaced(rule: StepRule, mask: Tensor, y: Tensor, *, std: float = 0.0, repea
         )
 
     def step(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
+        if std:
+            require_gradient(system.sde, "replaced with std > 0")
         if x.shape[1:] != mask.shape:
             raise ValueError(f"mask must have the shape of one sample, {tuple(x.shape[1:])}, got {tuple(mask.shape)}")
         if repeats > 1 and not _empty(state):

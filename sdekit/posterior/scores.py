@@ -19,8 +19,9 @@ from sdekit.posterior.local import NO_GRADIENT, Local, conjugate_gradients
 from sdekit.posterior.observation import Observation
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
+from sdekit.processes.law import require_white
 from sdekit.processes.reverse import levels_of
-from sdekit.processes.sde import SDE, require_white
+from sdekit.processes.sde import SDE
 from sdekit.system import Score, holds
 
 DENSE = 128  # up to so many entries of y a covariance is made whole where its determinant is asked for
@@ -220,8 +221,9 @@ def posterior_score(
     ``reach``: no entry of E[x_0|x_t, y] is further than this from E[x_0|x_t], and if one would be, all of the sample's
     come so much nearer. What a network says of V is wrong by (sigma/alpha)^2 times an error of eps, which at high noise
     is more than any data are wide; without a bound that throws samples out of what the network knows, for ever, and at
-    low std makes "tmpd", "pigdm" and "dps" diverge. 5 unless given, which binds no right model of data of about unit
-    size; for wider data give more, math.inf for no bound, as DPS with a ``strength`` has.
+    low std makes "tmpd", "pigdm" and "dps" diverge. 5 (``sde.unit_level``) unless given, which binds no right model of
+    data of about unit size, as they are to be; of wider data it makes the result wrong: give more, or math.inf for no
+    bound, as DPS with a ``strength`` has.
 
     It says the kind of prediction that the score does, at as many network calls; vector-Jacobian products, one for
     each iteration of "mmps" and one or two of the others, are not counted. Each sample's y, step and iterations are its
@@ -233,7 +235,7 @@ def posterior_score(
         raise TypeError(f"observation must be an Observation(y, A, std), got {type(observation).__name__}")
     make = _checks.lookup(METHODS, method, "method")
     if reach is None:
-        reach = 5.0 if options.get("strength") is None else math.inf
+        reach = 5.0 * sde.unit_level if options.get("strength") is None else math.inf
     reach = reach if reach == math.inf else _checks.positive(reach, "reach")
     try:
         made = make(**options)

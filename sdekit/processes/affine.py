@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.processes.counted import asked
+from sdekit.processes.law import digest
 from sdekit.processes.sde import SDE
-from sdekit.system import Coefficients, Time, as_time, expand
+from sdekit.system import Coefficients, Time, as_time, expand, float64
 
 _NODES, _MOST = 16, 4096
 _RTOL = 1e-12
@@ -32,13 +33,21 @@ class ShiftedSDE(SDE):
         """m(t), of a shape that goes with x (B, *event); t is 0-d or (B,)."""
         raise NotImplementedError(f"{type(self).__name__} needs a method offset(self, t, x)")
 
+    def law(self) -> tuple[Any, ...]:
+        """A mean of its own."""
+        return ("mean", type(self).__name__)
+
     def centre(self, x: Tensor, t: Time) -> Tensor:
         """x - m(t), like x."""
-        return x - self.offset(t, x)
+        return x if self.centred else x - self.offset(t, x)
 
     def place(self, x: Tensor, t: Time) -> Tensor:
-        """What :meth:`centre` takes x from."""
-        return x + self.offset(t, x)
+        """x of x - m(t), like x."""
+        return x if self.centred else x + self.offset(t, x)
+
+    def common(self, x: Tensor) -> bool:
+        """Whether m is the same for all samples like x."""
+        return True
 
     def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """Mean alpha(t) x_0 + m(t) and standard deviation sigma(t)."""
@@ -55,12 +64,12 @@ class ShiftedSDE(SDE):
         return super().prior_log_prob(x - self.offset(self.T, x))
 
     def drift(self, x: Tensor, t: Time) -> Tensor:
-        """f(t) (x - m(t)) + m'(t), like x."""
-        time = as_time(t, self.T)
+        """f(t) (x - m(t)) + m'(t), like x; m' by differences of m, in float64."""
+        time, wide = as_time(t, self.T), x.to(float64(x.device))
         h = 1e-6 * self.T
         low, high = (time - h).clamp_min(0.0), (time + h).clamp_max(self.T)
-        slope = (self.offset(high, x) - self.offset(low, x)) / expand(high - low, x)
-        return super().drift(x - self.offset(time, x), time) + slope
+        slope = (self.offset(high, wide) - self.offset(low, wide)) / expand(high - low, wide)
+        return super().drift(x - self.offset(time, x), time) + slope.to(x.dtype)
 
     def denoise(self, x: Tensor, t: Time, score: Any) -> Tensor:
         """E[x_0 | x_t = x], like x."""
@@ -90,7 +99,8 @@ class AffineSDE(ShiftedSDE):
         T: float = 1.0,
         t_min: float = 1e-4,
     ) -> None:
-        self.T, self.t_min = _checks.positive(T, "T"), _checks.positive(t_min, "t_min")
+        self.T = self._end = _checks.positive(T, "T")  # T may be set lower; the table goes to the end
+        self.t_min = _checks.positive(t_min, "t_min")
         self._F, self._g, self._c = (_function(y, name) for y, name in ((F, "F"), (g, "g"), (c, "c")))
         self.along = None if along is None else _checks.state(along[None], "along")[0]
         self._last: tuple[Any, Any] = (None, None)
@@ -128,7 +138,7 @@ class AffineSDE(ShiftedSDE):
 
     def _steps(self, start: Tensor, end: Tensor) -> Tensor:
         """log alpha, m and sigma^2 of the process that is begun at ``start`` in 0, at ``end``, (n, 3)."""
-        x, w, q = _gauss()
+        x, w, q = (y.to(start.device) for y in _gauss())
         h = (end - start)[:, None]
         s = start[:, None] + h * x
         F, c, g = (_finite(f(s), s, name) for f, name in ((self._F, "F"), (self._c, "c"), (self._g, "g")))
@@ -139,22 +149,28 @@ class AffineSDE(ShiftedSDE):
     def _moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log alpha, m and sigma^2 at t; those of the last t are kept, since alpha, sigma and m are asked in turn."""
         last, known = self._last
-        if last is not None and not t.requires_grad and last.shape == t.shape and torch.equal(last, t):
+        if torch._C._functorch.maybe_current_level() is not None or t.requires_grad:  # vmap knows no equal
+            return self._made(t)
+        if last is not None and last.shape == t.shape and last.device == t.device and torch.equal(last, t):
             return known
         made = self._made(t)
-        if not t.requires_grad:
-            self._last = t.clone(), made
+        self._last = t.clone(), made
         return made
 
     def _made(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat, table = t.reshape(-1), self._table.to(t.device)
         n = len(table) - 1
-        k = (flat.detach() * (n / self.T)).long().clamp(0, n - 1)
-        start = (k.to(flat) * (self.T / n)).minimum(flat.detach())
+        k = (flat.detach() * (n / self._end)).long().clamp(0, n - 1)
+        start = (k.to(flat) * (self._end / n)).minimum(flat.detach())
         log_a, m, v = self._steps(start, flat).unbind(1)
         log_0, m_0, v_0 = table[k].unbind(1)
         a = log_a.exp()
         return tuple(y.reshape(t.shape) for y in (log_0 + log_a, a * m_0 + m, a**2 * v_0 + v))  # type: ignore[return-value]
+
+    def law(self) -> tuple[Any, ...]:
+        """Its mean, where c is not 0."""
+        own = [self._table] if self.along is None else [self._table, self.along]
+        return () if self.centred else ("mean", digest(*own))
 
     def alpha(self, t: Tensor) -> Tensor:
         """exp of the integral of F."""
@@ -166,7 +182,7 @@ class AffineSDE(ShiftedSDE):
 
     def mean(self, t: Time) -> Tensor:
         """m(t), of t's shape, float64: the integral of c(s) alpha(t)/alpha(s)."""
-        return self._moments(as_time(t, self.T))[1]
+        return self._moments(as_time(t, self.T))[1].clone()
 
     def offset(self, t: Time, x: Tensor) -> Tensor:
         """m(t), ``along`` times it where that is given."""
@@ -195,13 +211,18 @@ class BridgeSDE(ShiftedSDE):
 
     Its reverse leads from y, restored with noise, to x_0  (Liu et al. 2023, I2SB, eq. 11 with constant beta; Li et al.
     2023, BBDM). ``y``: (*event) for all samples, or (B, *event), each sample's own, which follows it. T is .999, where
-    (1 - T) x_0 is left out of the prior N(T y, s^2 T (1 - T)). Raises ValueError for scale <= 0.
+    (1 - T) x_0 is left out of the prior N(T y, s^2 T (1 - T)). The bundled trainer, which shuffles, takes a y for all
+    samples alone. Raises ValueError for scale <= 0.
     """
 
     T = 0.999
 
     def __init__(self, y: Tensor, scale: float = 1.0) -> None:
         self.y, self.scale = _checks.state(y, "y"), _checks.positive(scale, "scale")
+
+    def law(self) -> tuple[Any, ...]:
+        """Its y."""
+        return ("mean", digest(self.y))
 
     def alpha(self, t: Tensor) -> Tensor:
         """1 - t."""
@@ -210,6 +231,10 @@ class BridgeSDE(ShiftedSDE):
     def sigma(self, t: Tensor) -> Tensor:
         """s sqrt(t (1 - t))."""
         return self.scale * (t * (1 - t)).sqrt()
+
+    def common(self, x: Tensor) -> bool:
+        """Whether y is one for all samples like x."""
+        return self.y.ndim < x.ndim or len(self.y) == 1
 
     def offset(self, t: Time, x: Tensor) -> Tensor:
         """t y, of the samples that x are."""
@@ -231,6 +256,7 @@ def _own(y: Tensor, x: Tensor) -> Tensor:
 def _function(y: Any, name: str) -> Callable[[Tensor], Any]:
     if callable(y):
         return y
+    y = y.item() if isinstance(y, Tensor) and y.ndim == 0 else y
     if isinstance(y, int | float) and math.isfinite(y):
         return partial(torch.full_like, fill_value=float(y))
     raise TypeError(f"{name} must be a finite number or a function of t by torch operations, got {y!r}")
@@ -246,6 +272,7 @@ def _finite(value: Any, at: Tensor, name: str) -> Tensor:
     return value
 
 
+@cache
 def _gauss() -> tuple[Tensor, Tensor, Tensor]:
     """Gauss's nodes and weights on [0, 1], and q[i, j]: the integral of j's interpolating polynomial from 0 to i."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)

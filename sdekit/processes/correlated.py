@@ -1,13 +1,13 @@
 """Noise with a covariance of its own, under any process."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.processes.law import digest, require_white
 from sdekit.processes.sde import SDE
 from sdekit.system import Time
 
@@ -36,26 +36,51 @@ class CorrelatedSDE(SDE):
         _checks.instance(sde)
         if (covariance is None) == (root is None):
             raise ValueError("give covariance, the matrix K, or root, a callable L with K = L L'; and not both")
-        if not sde.diffuses or sde.root is not None:
-            raise ValueError(f"sde must be one with white Gaussian noise, got {type(sde).__name__}")
-        self._inside, self.T, self.t_min, self.grid, self.unit_level = sde, sde.T, sde.t_min, sde.grid, sde.unit_level
+        require_white(sde, "CorrelatedSDE")
+        self._inside, self.grid, self.unit_level = sde, sde.grid, sde.unit_level
         self.root, self.inverse, self.log_det = root, inverse, log_det
+        self._digest = ""
         if covariance is not None:
             k = torch.as_tensor(covariance, dtype=torch.float64, device="cpu").detach()
             if k.ndim != 2 or k.shape[0] != k.shape[1] or not torch.isfinite(k).all():
                 raise ValueError(f"covariance must be a finite matrix (D, D), got shape {tuple(k.shape)}")
-            factor, failed = torch.linalg.cholesky_ex(k)
-            if not torch.allclose(k, k.mT, rtol=1e-8, atol=1e-12) or failed:
+            if float((k - k.mT).abs().max()) > 1e-5 * float(k.abs().max()):
+                raise ValueError("covariance must be symmetric; use (K + K.mT) / 2")
+            factor, failed = torch.linalg.cholesky_ex((k + k.mT) / 2)
+            if failed:
                 least = float(torch.linalg.eigvalsh((k + k.mT) / 2)[0])
                 raise ValueError(
-                    "covariance must be symmetric and positive definite: its smallest eigenvalue is "
-                    f"{least:g}; add a little to its diagonal"
+                    f"covariance must be positive definite: its smallest eigenvalue is {least:g}; add a little to its "
+                    "diagonal"
                 )
             inverse_factor = torch.linalg.solve_triangular(factor, torch.eye(len(k), dtype=k.dtype), upper=False)
-            self.root, self.inverse = partial(_times, factor), partial(_times, inverse_factor)
+            self.root, self.inverse = _Times(factor), _Times(inverse_factor)
+            self._digest = digest(k)
             self.log_det = float(factor.diagonal().log().sum())
         elif not callable(root) or not (inverse is None or callable(inverse)):
             raise TypeError("root and inverse must be callables (B, *event) -> (B, *event)")
+
+    @property
+    def T(self) -> float:
+        """That of the process inside, which is set with it."""
+        return self._inside.T
+
+    @T.setter
+    def T(self, value: float) -> None:
+        self._inside.T = value
+
+    @property
+    def t_min(self) -> float:
+        """That of the process inside, which is set with it."""
+        return self._inside.t_min
+
+    @t_min.setter
+    def t_min(self, value: float) -> None:
+        self._inside.t_min = value
+
+    def law(self) -> tuple[Any, ...]:
+        """L: its matrix's digest, or the callable."""
+        return ("root", self._digest or self.root)
 
     def alpha(self, t: Tensor) -> Tensor:
         """That of the process inside."""
@@ -95,9 +120,18 @@ class CorrelatedSDE(SDE):
         return self.log_det
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    """The matrix times each sample, flattened."""
-    flat = x.reshape(len(x), -1)
-    if flat.shape[1] != len(matrix):
-        raise ValueError(f"covariance is of {len(matrix)} numbers, and a sample has {flat.shape[1]}, {tuple(x.shape)}")
-    return (flat @ matrix.to(x).mT).reshape(x.shape)
+class _Times:
+    """A matrix times each sample, flattened; a copy of it for each kind of x."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self._known = matrix, {(matrix.dtype, matrix.device): matrix}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat, kind = x.reshape(len(x), -1), (x.dtype, x.device)
+        if flat.shape[1] != len(self._matrix):
+            raise ValueError(
+                f"covariance is of {len(self._matrix)} numbers, and a sample has {flat.shape[1]}, {tuple(x.shape)}"
+            )
+        if kind not in self._known:
+            self._known[kind] = self._matrix.to(x)
+        return (flat @ self._known[kind].mT).reshape(x.shape)

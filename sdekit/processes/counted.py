@@ -254,7 +254,8 @@ class Counted:
         if calls > self.network_calls:
             self.network_calls = calls
             if self.budget is not None:
-                raise MoreCallsError(self.model, calls, self.nfe)
+                asked_for = self.model.model if isinstance(self.model, _Placed) else self.model
+                raise MoreCallsError(asked_for, calls, self.nfe)
         return out
 
     def _make_room(self, out: Tensor) -> None:

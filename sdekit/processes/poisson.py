@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ class PoissonFlow(HeatODE):
         self.D = float(D)
         super().__init__(sigma, T)
 
+    def law(self) -> tuple[Any, ...]:
+        """Student's, of D degrees of freedom; the Gaussian where D is infinite."""
+        return () if math.isinf(self.D) else ("student", self.D)
+
     def unit_noise(self, normal: Callable[[], Tensor]) -> Tensor:
         """eps = z sqrt(D/chi^2_D): of two draws, one for the direction, one whose first numbers make the lengths."""
         z, w = normal(), normal()
@@ -59,5 +64,9 @@ class PoissonFlow(HeatODE):
         if math.isinf(self.D):
             return super().prior_log_prob(x)
         sigma, d = float(self.sigma(torch.tensor(self.T, dtype=torch.float64))), math.prod(x.shape[1:])
-        norm = math.lgamma((d + self.D) / 2) - math.lgamma(self.D / 2) - d / 2 * math.log(math.pi * self.D * sigma**2)
+        half = self.D / 2  # log Gamma(half + d/2) - log Gamma(half) by Stirling's series, where its terms would cancel
+        rise = math.lgamma(half + d / 2) - math.lgamma(half)
+        if half > 1e6 * (d + 1):
+            rise = d / 2 * math.log(half) + d * (d - 2) / (8 * half)
+        norm = rise - d / 2 * math.log(math.pi * self.D * sigma**2)
         return norm + self.log_kernel(x, self.T)

@@ -10,6 +10,7 @@ from sdekit import _checks
 from sdekit.processes.counted import Counted, Model, Moment, as_model, placed
 from sdekit.processes.kept import MOST, kept
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
+from sdekit.processes.law import require_same
 from sdekit.system import NOTHING, Levels, Process, Score, System, Time, as_time, expand, float64, holds
 
 V = TypeVar("V")
@@ -17,17 +18,7 @@ V = TypeVar("V")
 
 def said_of(model: Model, sde: Process, lv: Levels) -> Kind:
     """What a model predicts, as a kind of the process. Raises ValueError for one that was wrapped for another."""
-    if model.sde is not sde:
-        theirs, ours = (torch.stack([p.alpha(lv.time), p.sigma(lv.time)]).reshape(2, -1) for p in (model.sde, sde))
-        off = (theirs != ours).any(0)
-        if bool(off.any()):
-            k = int(off.int().argmax())
-            (a, s), (b, r) = theirs[:, k].tolist(), ours[:, k].tolist()
-            raise ValueError(
-                f"the score was wrapped for another process: at t = {float(lv.time.reshape(-1)[k]):g} its "
-                f"{type(model.sde).__name__} has alpha = {a:g}, sigma = {s:g}, and this {type(sde).__name__} {b:g}, "
-                f"{r:g}. score.under(sde) asks it at the time where sigma/alpha is the same"
-            )
+    require_same(model.sde, sde, lv.time)
     return kind_of(model.predicts, model.sde, lv.time)
 
 
@@ -72,6 +63,7 @@ class Reverse(System):
         self._nodes: dict[float, Node] = {}  # at the times of the loop that runs, once it has asked for one
         self._visits: frozenset[float] = frozenset()
         self._kept: dict[Hashable, Any] = {}
+        self._placed: tuple[Any, Any] = (None, None)
 
     @property
     def diffuses(self) -> bool:  # type: ignore[override]
@@ -84,12 +76,17 @@ class Reverse(System):
         return not getattr(self.sde, "centred", True)
 
     def centre(self, x: Tensor, t: Time) -> Tensor:
-        """The process's."""
-        return self.sde.centre(x, t)  # type: ignore[attr-defined]
+        """x - m(t): what :meth:`place` was given, where x is what it last made of it (an evaluation was at that)."""
+        if not self.shifted:
+            return x
+        return self._placed[1] if x is self._placed[0] else self.sde.centre(x, t)  # type: ignore[attr-defined]
 
     def place(self, x: Tensor, t: Time) -> Tensor:
-        """The process's."""
-        return self.sde.place(x, t)  # type: ignore[attr-defined]
+        """x of x - m(t)."""
+        if not self.shifted:
+            return x
+        self._placed = self.sde.place(x, t), x  # type: ignore[attr-defined]
+        return self._placed[0]
 
     @property
     def root(self) -> Any:  # type: ignore[override]

@@ -136,6 +136,8 @@ class SDE(System):
         a = alpha_u/alpha_t and s^2 = sigma_u^2 - a^2 sigma_t^2 = sigma_u^2 (1 - SNR_u/SNR_t), computed in float64
         whatever t's dtype. Raises ValueError where u < t.
         """
+        if not self.diffuses:
+            raise ValueError(f"{type(self).__name__} is no diffusion, and has no transition from one time to another")
         start, end = as_time(t, self.T), as_time(u, self.T)
         if bool((end < start).any()):
             raise ValueError(f"transition(t, u) runs forwards, t <= u; got t = {t}, u = {u}")
@@ -198,6 +200,22 @@ class SDE(System):
         mean, std = self.marginal(x0, t)
         return mean + std * noise
 
+    def centre(self, x: Tensor, t: Time) -> Tensor:
+        """x, less a mean of the process's own where it has one (ShiftedSDE)."""
+        return x
+
+    def place(self, x: Tensor, t: Time) -> Tensor:
+        """What :meth:`centre` makes of it is the argument."""
+        return x
+
+    def common(self, x: Tensor) -> bool:
+        """Whether all samples like x are of one process."""
+        return True
+
+    def law(self) -> tuple[Any, ...]:
+        """What the process is beside its alpha and sigma; () where x_t | x_0 is N(alpha x_0, sigma^2 I)."""
+        return ()
+
     def unit_noise(self, normal: Callable[[], Tensor]) -> Tensor:
         """eps of x_t = alpha x_0 + sigma eps, from a source of standard normal draws: one of them, or L times one."""
         return self.colour(normal())
@@ -258,19 +276,6 @@ class SDE(System):
     def denoise(self, x: Tensor, t: Time, score: Score) -> Tensor:
         """E[x_0 | x_t = x] = (x + sigma^2 score(x, t))/alpha  (Tweedie), like x."""
         return self.probability_flow(score).denoise(x, as_time(t, self.T))
-
-
-def require_white(sde: Any, what: str) -> None:
-    """Raise ValueError for a process that is not x_t ~ N(alpha x_0, sigma^2), for ``what`` is made of that."""
-    if getattr(sde, "root", None) is not None or not getattr(sde, "diffuses", True):
-        raise ValueError(f"{what} is for processes of white Gaussian noise, which {type(sde).__name__} has not")
-    require_centred(sde, what)
-
-
-def require_centred(sde: Any, what: str) -> None:
-    """Raise ValueError for a process with a mean of its own, for ``what`` is made of x = alpha x_0 + sigma eps."""
-    if not getattr(sde, "centred", True):
-        raise ValueError(f"{what} is for processes of mean alpha x_0; {type(sde).__name__} adds one of its own to it")
 
 
 def _plain_slopes(

@@ -12,7 +12,8 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
 from sdekit.processes.kinds import KINDS
-from sdekit.processes.sde import SDE, require_centred
+from sdekit.processes.law import require_centred
+from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fixed import Plan, Sampler, plan
 from sdekit.sampling.grids import Grid
@@ -126,6 +127,7 @@ class AskTell:
         self._answers = _Answers(sde, predicts)
         self._system = sde.reverse(change(self._answers), made.row.churn)
         self._system.replayed = True
+        made.row.rule.check(self._system)
         self.t: float | None = made.top
         self._x = self.x = _checks.state(x_T.detach(), "x_T") * made.scale
         self._state: Any = None

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.processes.counted import Model, as_model, samples
-from sdekit.processes.sde import SDE, require_centred
+from sdekit.processes.law import require_centred
+from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fitting import FittedTable, Noises
 from sdekit.sampling.fixed import SAMPLERS, sample

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.sde import SDE, require_centred
+from sdekit.processes.law import require_centred
+from sdekit.processes.sde import SDE
 from sdekit.sampling.adaptive import flow
 from sdekit.solvers.solution import rms
 from sdekit.solvers.solve import without_graph
@@ -101,7 +102,9 @@ def interpolate(
     _alike(a, b)
     weights = _weights(weights)  # before the work, not after it
     latent_a, latent_b = encode(sde, score, torch.cat([a, b]).detach(), method=method, rtol=rtol, atol=atol).chunk(2)
-    between = slerp(latent_a, latent_b, weights)
+    # The angle is that of white noise; where it is correlated, of L^-1 x.
+    between = slerp(sde.whiten(latent_a), sde.whiten(latent_b), weights)
+    between = sde.colour(between.flatten(0, 1)).reshape(between.shape)
     out = decode(sde, score, between.flatten(0, 1), method=method, rtol=rtol, atol=atol, denoise=denoise)
     return out.reshape(between.shape)
 

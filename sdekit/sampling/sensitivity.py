@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.models.network import as_score
+from sdekit.processes.law import require_centred
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fixed import Sampler, as_sampler, sample
@@ -45,6 +46,7 @@ def sensitivity(
     """
     if as_sampler(sampler).stochastic:
         raise ValueError(f"sampler must draw no noise, for its x to be a sum of what the model says; got {sampler!r}")
+    require_centred(sde, "sensitivity")
     nfe = _checks.count(nfe, "nfe")
     units, states = iter(torch.eye(nfe, dtype=torch.float64)), []
 

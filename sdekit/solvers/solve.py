@@ -148,6 +148,8 @@ def _solve(
             f"estimate is for fixed-step rules with a corrector; {method} controls its error by rtol and atol"
         )
     if isinstance(noise, Noise):
+        if noise.root is not system.root:
+            raise ValueError("noise must have the process's root: Noise(x, seed, root=sde.root), or a BrownianPath so")
         fits = noise.shape == x.shape or system.noise_type == "general"  # the back-end knows what that needs
         if not fits or noise.dtype != x.dtype:
             made = f"{noise.dtype} {tuple(noise.shape)}"

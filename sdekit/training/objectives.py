@@ -22,6 +22,7 @@ from sdekit.likelihood.bound import log_bin_probability
 from sdekit.likelihood.quantization import Quantization
 from sdekit.models.network import NetworkScore, eps_slope, prediction_target
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
+from sdekit.processes.law import require_gradient
 from sdekit.processes.sde import SDE
 from sdekit.system import NOTHING, Score, expand
 
@@ -96,6 +97,7 @@ def implicit() -> Objective:
     """
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        require_gradient(score.sde, "implicit score matching")
         x, _ = _noised(score.sde, x0, t, normal)
         d = x[0].numel()
         units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
@@ -114,6 +116,7 @@ def sliced(projections: int = 1) -> Objective:
     projections = _checks.count(projections, "projections")
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        require_gradient(score.sde, "sliced score matching")
         x, _ = _noised(score.sde, x0, t, normal)
         square, products = _square_and_products(score, x, t, [_signs(normal()) for _ in range(projections)])
         return _scaled(score.sde, t, square + 2 * products.mean(0) / x[0].numel())
@@ -136,6 +139,7 @@ def finite_difference(projections: int = 1, step: float = 0.1) -> Objective:
     projections, step = _checks.count(projections, "projections"), _checks.positive(step, "step")
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+        require_gradient(score.sde, "finite-difference score matching")
         x, _ = _noised(score.sde, x0, t, normal)
         h = step * expand(score.sde.sigma(t), x)
         draws = []
@@ -216,7 +220,6 @@ def variational(quantization: Quantization | None = None) -> Objective:
     return objective
 
 
-# The objectives that need no argument, by name.
 def classification() -> Objective:
     """-log p_t(labels|x_t), cross-entropy: what a :class:`sdekit.training.networks.Classifier` learns, not a score.
 
@@ -224,15 +227,16 @@ def classification() -> Objective:
     nothing is asked. The least is the labels' entropy given x_t.  Dhariwal & Nichol 2021, section 4.1.
     """
 
-    def losses(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
+    def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
         if score.conditions is None:
             raise ValueError("classification needs labels: train(..., labels=labels, label_drop=0.0)")
         x, _ = _noised(score.sde, x0, t, normal)
         return -_wide(score.network(x, t, *score.conditions.of(x)[0]))
 
-    return losses
+    return objective
 
 
+# The objectives that need no argument, by name.
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "denoising": denoising,
     "implicit": implicit,
@@ -254,7 +258,7 @@ def _as_kind(wanted: Kind, score: NetworkScore, out: Tensor, x: Tensor, t: Tenso
     sde = score.sde
     kind = Kind(*(torch.full_like(t, c) for c in wanted))
     a, b = express(kind, kind_of(score.predicts, sde, t), sde.alpha(t), sde.sigma(t))
-    return expand(a, x) * out + expand(b, x) * x
+    return expand(a, x) * out + expand(b, x) * sde.centre(x, t)
 
 
 def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

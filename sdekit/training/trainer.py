@@ -157,6 +157,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / (warmup + 1)) * decay((step - 1) / steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if not sde.common(x0):
+                raise ValueError(f"{type(sde).__name__} has a y for each sample, and data are shuffled: give it one y")
             loss = objective(score.given(kinds), x0, t, partial(draws.normal, x0)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -211,7 +213,8 @@ class Metrics:
 
 def _fingerprint(sde: SDE) -> list[Any]:
     times = torch.linspace(sde.t_min, sde.T, 5, dtype=torch.float64)
-    return [type(sde).__name__, *sde.alpha(times).tolist(), *sde.sigma(times).tolist()]
+    law = [str(part) for part in sde.law()]
+    return [type(sde).__name__, *law, *sde.alpha(times).tolist(), *sde.sigma(times).tolist()]
 
 
 def _cosine(fraction: float) -> float:

@@ -118,7 +118,7 @@ def test_a_score_of_another_process_is_refused():
     mine, theirs = VPSDE(), VPSDE(0.1, 8.0)
     score = network(mine, "eps")
     for row in ("ddim", "ancestral", Sampler(SAMPLERS["heun"].rule)):
-        with pytest.raises(ValueError, match=r"wrapped for another process.*score\.under\(sde\) asks it at the time"):
+        with pytest.raises(ValueError, match=r"wrapped for another process.*score\.under\(sde\) carries it over"):
             sample(theirs, score, (2, 2), row, steps=5, seed=0)
     same = VPSDE()
     assert sample(same, score, (2, 2), "ddim", steps=5, seed=0).isfinite().all()

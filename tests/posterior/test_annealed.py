@@ -219,7 +219,7 @@ def test_sweeps_at_one_level_draw_anew_and_calls_are_counted():
     [
         ({"method": "gibs"}, "unknown method 'gibs': did you mean 'split_gibbs'"),
         ({"sampler": "unipc_2"}, "sampler must be one with noise for split_gibbs.*'unipc_2' draws none"),
-        ({"levels": 0}, "levels must be at least 1"),
+        ({"levels": 0}, "levels must be at least 2"),
         ({"levels": [0.1, 0.2]}, r"do not increase, within this process's own \(0.0\d+, 15\d"),
         ({"levels": [1e4, 0.2]}, "within this process's own"),
         ({"levels": [0.5, 1e-3]}, "within this process's own"),

@@ -180,11 +180,14 @@ def test_the_trainer_uses_the_process_s_noise():
 def test_bad_input_is_named():
     for arguments, message in (
         ((VPSDE(), torch.ones(2, 3)), r"covariance must be a finite matrix \(D, D\), got shape \(2, 3\)"),
-        ((VPSDE(), -K), "covariance must be symmetric and positive definite: its smallest eigenvalue is -"),
+        ((VPSDE(), -K), "covariance must be positive definite: its smallest eigenvalue is -"),
         ((VPSDE(), torch.ones(2, 2)), "add a little to its diagonal"),
         ((VPSDE(),), "give covariance, the matrix K, or root"),
-        ((PoissonFlow(), K), "sde must be one with white Gaussian noise, got PoissonFlow"),
-        ((CorrelatedSDE(VPSDE(), K), K), "sde must be one with white Gaussian noise, got CorrelatedSDE"),
+        ((PoissonFlow(), K), "CorrelatedSDE is for processes of white Gaussian noise, which PoissonFlow has not"),
+        (
+            (CorrelatedSDE(VPSDE(), K), K),
+            "CorrelatedSDE is for processes of white Gaussian noise, which CorrelatedSDE has not",
+        ),
         ((VPSDE, K), "sde must be a process, not its class"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

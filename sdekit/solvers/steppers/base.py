@@ -60,7 +60,7 @@ class StepRule:
 
     def check(self, system: Any) -> None:
         """Raise ValueError for a system whose churn this rule would ignore, or that knows no noise."""
-        if self.noisy and not system.diffuses:
+        if (self.noisy or system.churn) and not system.diffuses:
             raise ValueError(
                 "this process has no reverse SDE, only a flow, and this rule draws noise: take one without, such as "
                 "unipc_2, ddim or heun"
