@@ -81,6 +81,7 @@ class System:
     nfe: int = 0  # network evaluations so far
     network_calls: int = 1  # of one evaluation, at most, as far as is known
     backwards_only: bool = False  # True where the equation means something in decreasing time alone
+    sense: str | None = None  # "ito" or "stratonovich", where the drift is made for dW of one sense alone
     replayed: bool = False  # True where a step is taken again and again from one state, till all it asks for is known
 
     @property
@@ -137,6 +138,14 @@ class System:
 
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Told before a loop where it starts and which times it will visit, so that one vectorised call serves all."""
+
+    def require_sense(self, sense: str | None, others: str) -> None:
+        """Raise ValueError where a method takes dW in another sense than the drift was made for: another law."""
+        if self.churn and self.noise_type != "additive" and self.sense and sense and sense != self.sense:
+            raise ValueError(
+                f"this method solves {sense.capitalize()}'s equation, and {type(self).__name__} is in "
+                f"{self.sense.capitalize()}'s sense: use {others}, or process.reverse(score, sense={sense!r})"
+            )
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""

@@ -1,6 +1,7 @@
-"""Forward processes, each its alpha and its sigma, and the reverse family that follows from them."""
+"""Forward processes, each its alpha and its sigma, or drift and diffusion, and the reverse family of each."""
 
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
+from sdekit.processes.ito import ItoSDE
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable, SigmaTable
@@ -12,6 +13,7 @@ __all__ = [
     "BetaTable",
     "CosineVP",
     "HeatODE",
+    "ItoSDE",
     "RectifiedFlow",
     "Reverse",
     "SigmaTable",

@@ -194,8 +194,16 @@ class SDE(System):
             noise = Noise(x0, seed, purpose="perturb").normal()
         elif noise.shape != x0.shape:
             raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
+        return self.draw(x0, t, lambda: noise)
+
+    def draw(self, x0: Tensor, t: Time, normal: Callable[[], Tensor]) -> Tensor:
+        """The same made of ``normal()``, a standard normal tensor like x0: what training calls."""
         mean, std = self.marginal(x0, t)
-        return mean + std * noise
+        return mean + std * normal()
+
+    def score_weight(self, t: Time) -> Tensor:
+        """sigma^2: what score matching multiplies the square of a score by, so that all times count alike."""
+        return self.sigma(t) ** 2
 
     def prior_sample(
         self,
