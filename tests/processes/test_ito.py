@@ -176,6 +176,33 @@ def test_perturb_has_the_law_of_the_equation(kind, t):
     assert t == 2.0 or oracle.ks_distance(off[:, 0].numpy(), fp.cdf(2 * t)) > THRESHOLD  # it has power
 
 
+def test_perturb_is_milsteins_rule_and_for_a_matrix_eulers():
+    """Step by step with the same draws, to rounding: the law alone would not see a term of second order."""
+
+    def noises():
+        return Noise(x0, 1).normal
+
+    class Handed:
+        def __init__(self):
+            self.normal = noises()
+
+        def enter(self, t, s):
+            pass
+
+        def increment(self, t, s):
+            return self.normal() * abs(s - t) ** 0.5
+
+    x0 = torch.tensor([[0.5, -1.0], [1.3, 0.3]], dtype=torch.float64)
+    for kind in (DoubleWell, Additive):
+        x = solve(kind(), x0, torch.linspace(0, 0.6, 9), "milstein", noise=Handed()).x
+        torch.testing.assert_close(kind().draw(x0, 0.6, noises(), 8), x, rtol=1e-6, atol=1e-6)
+    x, process, normal = x0, Bent(), noises()
+    for _ in range(8):
+        z = torch.cat([normal(), normal()], 1)[:, :3, None]
+        x = x + 0.075 * process.drift(x, 0.0) + 0.075**0.5 * (process.diffusion(x, 0.0) @ z)[..., 0]
+    torch.testing.assert_close(process.draw(x0, 0.6, noises(), 8), x)
+
+
 class CIR(ItoSDE):
     """dx = (1 - x) dt + 0.6 sqrt(x) dW: 4/0.36 (1 - e^-t)^-1 x_t is noncentral chi-squared, of 4/0.36 degrees."""
 
@@ -382,6 +409,27 @@ def test_the_divergence_is_the_closed_form_sample_by_sample():
     torch.testing.assert_close(Bent().stratonovich(x, 0.5), jumps / 2)
     one = DoubleWell().divergence(x[:, 0], 0.5)  # an event without axes
     torch.testing.assert_close(one, 0.64 * x[:, 0])
+
+
+class Wavy(ItoSDE):
+    """A matrix without structure: both terms of the divergence are there."""
+
+    noise_type = "general"
+
+    def diffusion(self, x, t):
+        a, b = x[:, 0], x[:, 1]
+        rows = [[a.sin() + b**2, a, t * b.cos()], [a * b, b.cos(), 1 + a**2]]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def test_the_divergence_of_a_matrix_is_that_by_differences():
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    h, slopes = 1e-5, []
+    for step in h * torch.eye(2, dtype=torch.float64):
+        up, down = (Wavy().diffusion(y, 0.7) for y in (x + step, x - step))
+        slopes.append((up @ up.mT - down @ down.mT) / (2 * h))
+    by_differences = slopes[0][:, :, 0] + slopes[1][:, :, 1]
+    torch.testing.assert_close(Wavy().divergence(x, 0.7), by_differences, rtol=1e-7, atol=1e-7)
 
 
 class InTime(ItoSDE):

@@ -1,13 +1,13 @@
-"""Correctors at a fixed level: their stationary law on a Gaussian, by a formula and as it is reached."""
+"""Correctors at a fixed level: their stationary law on a Gaussian, by a formula. SMLD as published."""
 
 import math
 
 import pytest
 import torch
 
-from sdekit import VPSDE, Noise, pc_sample, sample, solve
+from sdekit import SDE, VPSDE, Noise, RectifiedFlow, SigmaTable, as_score, pc_sample, sample, solve
 from sdekit.sampling import Sampler
-from sdekit.solvers.steppers import chain, euler_maruyama, hamiltonian, langevin, repeat
+from sdekit.solvers.steppers import chain, euler_maruyama, hamiltonian, langevin, repeat, smld
 from tests import oracle
 from tests.conftest import NAMED, gaussian_score
 
@@ -109,3 +109,108 @@ def test_bad_input_is_named():
             rule(**kwargs)
     with pytest.raises(ValueError, match="did you mean 'hamiltonian'"):
         pc_sample(VPSDE(), gaussian_score(VPSDE()), (2, 2), corrector="hamiltonean")
+
+
+class Listed:
+    """A noise source that hands out these draws, in order."""
+
+    def __init__(self, draws):
+        self.draws = iter(draws)
+
+    def enter(self, t, s):
+        pass
+
+    def normal(self):
+        return next(self.draws)
+
+
+SIGMAS = [1.0, 0.4, 0.16, 0.064]  # decreasing, as the papers count them
+
+
+def mixture_score(x, sigma):
+    """Of half N(-1, 0.01 + sigma^2) and half N(1, 0.01 + sigma^2), each entry."""
+    v = 0.01 + sigma**2
+    return (torch.tanh(x / v) - x) / v
+
+
+def published(x, draws, eps, steps, final):
+    """Song & Ermon 2019, algorithm 1, line by line; ``final``: the last line of 2020's."""
+    draws = iter(draws)
+    for sigma in SIGMAS:
+        alpha = eps * sigma**2 / SIGMAS[-1] ** 2
+        for _ in range(steps):
+            x = x + alpha / 2 * mixture_score(x, sigma) + math.sqrt(alpha) * next(draws)
+    return x + SIGMAS[-1] ** 2 * mixture_score(x, SIGMAS[-1]) if final else x
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("predicts", ["score", "eps"])
+def test_smld_is_the_published_algorithm(final, predicts):
+    """With the same noise, to rounding; every level, the first too, ``steps`` times."""
+    eps, steps = 5e-4, 7
+    sde, calls = SigmaTable(SIGMAS[::-1]), []
+
+    def network(x, t):
+        sigma = float(sde.sigma(t[0]))
+        calls.append(sigma)
+        return mixture_score(x, sigma) * (1.0 if predicts == "score" else -sigma)
+
+    x, *draws = torch.randn(1 + 4 * steps, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    system = sde.reverse(as_score(network, sde, predicts=predicts), churn=0.0)
+    out = solve(system, x, sde.times.flip(0), smld(eps, steps), noise=Listed(draws), denoise=final)
+    torch.testing.assert_close(out.x, published(x, draws, eps, steps, final), rtol=1e-12, atol=1e-12)
+    assert calls == pytest.approx([sigma for sigma in SIGMAS for _ in range(steps)] + SIGMAS[-1:] * final)
+    assert out.nfe == 4 * steps + final
+
+
+def test_smld_by_sample_with_its_budget():
+    """The public call; sample i its own; a budget that the first level is counted in."""
+    sde = SigmaTable(SIGMAS[::-1])
+
+    def score(x, t):
+        return mixture_score(x, float(sde.sigma(t)))
+
+    row, grid = Sampler(smld(2e-3, 40)), sde.times.flip(0)
+    whole = sample(sde, score, (2000, 1), row, grid=grid, seed=1, dtype=torch.float64)
+    assert torch.equal(whole[3:4], sample(sde, score, (1, 1), row, grid=grid, seed=1, ids=[3], dtype=torch.float64))
+    assert abs(float((whole > 0).double().mean()) - 0.5) < 0.06
+    assert float((whole.abs() - 1).std()) == pytest.approx(0.1, abs=0.03)
+    sample(sde, score, (2, 1), row, grid=grid, seed=1, nfe=4 * 40 + 1)
+    with pytest.raises(ValueError, match="grid has 3 steps, but nfe = 160 allows 2"):
+        sample(sde, score, (2, 1), row, grid=grid, seed=1, nfe=4 * 40)
+
+
+def test_smld_of_another_scale_is_that_of_x_over_alpha():
+    class Shrinking(SDE):
+        def alpha(self, t):
+            return 1 / (1 + t)
+
+        def sigma(self, t):
+            return t / (1 + t)
+
+    class Straight(SDE):
+        def alpha(self, t):
+            return torch.ones_like(t)
+
+        def sigma(self, t):
+            return t
+
+    x, *draws = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid, ends = [0.9, 0.5, 0.2], []
+    for sde in (Straight(), Shrinking()):
+        start = x * float(sde.alpha(0.9))
+        system = sde.probability_flow(gaussian_score(sde, 0.5))
+        end = solve(system, start, grid, smld(0.01, 5), noise=Listed(draws)).x
+        ends.append(end / sde.alpha(0.2))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+def test_smld_says_what_it_cannot_take():
+    with pytest.raises(ValueError, match="eps must be a finite number > 0"):
+        smld(eps=0.0)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        smld(steps=0)
+    sde = RectifiedFlow()
+    system = sde.probability_flow(as_score(lambda x, t: -x, sde, predicts="x0"))
+    with pytest.raises(ValueError, match="alpha = 0 at t = 1: start a little lower"):
+        solve(system, torch.ones(2, 1), [1.0, 0.5], smld())
