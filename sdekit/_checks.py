@@ -74,9 +74,19 @@ def floating(dtype: torch.dtype | None, name: str = "dtype") -> torch.dtype | No
     return dtype
 
 
-def instance(sde: Any) -> None:
-    """Refuse what is no process, and a process's class where the process itself is meant."""
+def instance(sde: Any, *, gaussian: bool = True) -> None:
+    """Refuse what is no process, and a process's class where the process itself is meant.
+
+    ``gaussian``: its alpha and sigma are needed; without, an ItoSDE will do.
+    """
     if isinstance(sde, type):
         raise TypeError(f"sde must be a process, not its class: {sde.__name__}(), got {sde.__name__}")
+    if hasattr(sde, "perturb") and not hasattr(sde, "alpha"):
+        if gaussian:
+            raise TypeError(
+                f'{type(sde).__name__} has no alpha and sigma, which this needs: its models predict a "score", and '
+                "solve(process.reverse(score), x_T, grid, method) samples it"
+            )
+        return
     if not (hasattr(sde, "alpha") and hasattr(sde, "sigma")):
         raise TypeError(f"sde must be a process, such as VPSDE(), got {type(sde).__name__}")

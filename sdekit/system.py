@@ -84,6 +84,7 @@ class System:
     diffuses: bool = True  # False: it is not made by a Brownian motion, and has a flow but no SDE
     shifted: bool = False  # what runs is x - m(t), and ``centre`` and ``place`` say how
     root: Callable[[Tensor], Tensor] | None = None  # L where the noise is L dW; None where it is dW
+    sense: str | None = None  # "ito" or "stratonovich", where the drift is made for dW of one sense alone
     replayed: bool = False  # True where a step is taken again and again from one state, till all it asks for is known
 
     @property
@@ -146,8 +147,20 @@ class System:
         """x of x - m(t)."""
         return x
 
+    def common(self, x: Tensor) -> bool:
+        """Whether all samples like x are of one equation: a BridgeSDE may have another for each."""
+        return True
+
     def prepare(self, times: Sequence[float], x: Tensor) -> None:
         """Told before a loop where it starts and which times it will visit, so that one vectorised call serves all."""
+
+    def require_sense(self, sense: str | None, others: str) -> None:
+        """Raise ValueError where a method takes dW in another sense than the drift was made for: another law."""
+        if self.churn and self.noise_type != "additive" and self.sense and sense and sense != self.sense:
+            raise ValueError(
+                f"this method solves {sense.capitalize()}'s equation, and {type(self).__name__} is in "
+                f"{self.sense.capitalize()}'s sense: use {others}, or process.reverse(score, sense={sense!r})"
+            )
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""

@@ -139,8 +139,8 @@ class Guided(Derived):
 
     def _numbers(self, time: Tensor) -> tuple[tuple[Tensor, ...], Any, Any]:
         """(a, b) of the kind that is mixed, and (a, b) back from it; whether in the band; whether above ``quiet``."""
-        if self.sde is None:
-            return (), True, False
+        if self.sde is None or (self._kind is None and self._band == (0.0, math.inf) and math.isinf(self._quiet)):
+            return (), True, False  # a process without levels can be guided so, too
         lv = levels_of(self.sde, time.cpu())
         level, (low, high) = lv.sigma / lv.alpha, self._band
         within = True if (low, high) == (0.0, math.inf) else (low < level) & (level <= high)

@@ -213,7 +213,7 @@ def as_score(
     """
     if not callable(network):
         raise TypeError(f"network must be a callable (x, t) -> tensor, got {type(network).__name__}")
-    _checks.instance(sde)
+    _checks.instance(sde, gaussian=predicts != "score")
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise TypeError(f"output must be an attribute, a key, an index or a callable, got {output!r}")
     return NetworkScore(network, sde, predicts, time, output)

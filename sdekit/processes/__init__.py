@@ -1,8 +1,9 @@
-"""Forward processes, each its alpha and its sigma, and the reverse family that follows from them."""
+"""Forward processes, each its alpha and its sigma, or drift and diffusion, and the reverse family of each."""
 
 from sdekit.processes.affine import AffineSDE, BridgeSDE, ShiftedSDE
 from sdekit.processes.correlated import CorrelatedSDE
 from sdekit.processes.gaussian import VESDE, VPSDE, CosineVP, HeatODE, RectifiedFlow, SubVPSDE
+from sdekit.processes.ito import ItoSDE
 from sdekit.processes.poisson import PoissonFlow
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
@@ -18,6 +19,7 @@ __all__ = [
     "CorrelatedSDE",
     "CosineVP",
     "HeatODE",
+    "ItoSDE",
     "PoissonFlow",
     "RectifiedFlow",
     "Reverse",

@@ -200,17 +200,13 @@ class SDE(System):
         mean, std = self.marginal(x0, t)
         return mean + std * noise
 
-    def centre(self, x: Tensor, t: Time) -> Tensor:
-        """x, less a mean of the process's own where it has one (ShiftedSDE)."""
-        return x
+    def draw(self, x0: Tensor, t: Time, normal: Callable[[], Tensor]) -> Tensor:
+        """The same made of a source of standard normal tensors like x0: what training calls."""
+        return self.perturb(x0, t, noise=self.unit_noise(normal))
 
-    def place(self, x: Tensor, t: Time) -> Tensor:
-        """What :meth:`centre` makes of it is the argument."""
-        return x
-
-    def common(self, x: Tensor) -> bool:
-        """Whether all samples like x are of one process."""
-        return True
+    def score_weight(self, t: Time) -> Tensor:
+        """sigma^2: what score matching multiplies the square of a score by, so that all times count alike."""
+        return self.sigma(t) ** 2
 
     def law(self) -> tuple[Any, ...]:
         """What the process is beside its alpha and sigma; () where x_t | x_0 is N(alpha x_0, sigma^2 I)."""

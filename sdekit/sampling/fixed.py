@@ -24,6 +24,7 @@ from sdekit.solvers.steppers import (
     at_end,
     chain,
     euler_maruyama,
+    hamiltonian,
     langevin,
     repeat,
     stay,
@@ -59,14 +60,15 @@ def predictor_corrector(
     corrector_steps: int = 1,
     snr: float = 0.16,
 ) -> Sampler:
-    """Predictor-corrector sampling: Langevin steps at t, then one predictor step of the reverse SDE to s.
+    """Predictor-corrector sampling: corrector steps at t, then one predictor step of the reverse SDE to s.
 
-    Without a predictor the Langevin steps are those of s, the level that x is to be at next.
+    Without a predictor the corrector's steps are those of s, the level that x is to be at next.
     """
     rule = _checks.lookup(RULES, predictor, "predictor") if isinstance(predictor, str) else as_rule(predictor)
     churn = 1.0 if rule.churn is None else 0.0  # a predictor with noise of its own takes none from the system
-    correct = repeat(langevin(snr), _checks.count(corrector_steps, "corrector_steps"))
-    if _checks.lookup({"langevin": True, "none": False}, corrector, "corrector"):
+    made = {"langevin": langevin(snr), "hamiltonian": hamiltonian(snr), "none": stay}
+    correct = repeat(_checks.lookup(made, corrector, "corrector"), _checks.count(corrector_steps, "corrector_steps"))
+    if corrector != "none":
         rule = at_end(correct) if rule is stay else chain(correct, rule)
     elif rule is stay:
         raise ValueError("predictor and corrector are both 'none': nothing would move x; name one of them")
@@ -260,9 +262,9 @@ def pc_sample(
 
     Each step corrects at t, then predicts from t to s: Song et al. 2021, algorithm 1, in the order of their code.
     ``predictor``: a name in ``RULES`` or a step rule; "none" is annealed Langevin dynamics alone, which needs many
-    steps. ``corrector``: "langevin" or "none"; ``corrector_steps`` of it per step, each of signal-to-noise ratio
-    ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: 1000 where ``grid`` does not say
-    it itself. Everything else as in :func:`sample`.
+    steps. ``corrector``: "langevin", "hamiltonian" or "none"; ``corrector_steps`` of it per step, each of
+    signal-to-noise ratio ``snr``. A step costs ``corrector_steps`` + the predictor's evaluations. ``steps``: 1000 where
+    ``grid`` does not say it itself. Everything else as in :func:`sample`.
     """
     sampler = predictor_corrector(predictor, corrector, corrector_steps, snr)
     return sample(

@@ -116,6 +116,7 @@ GENERAL = "torchsde:euler (Ito), or torchsde:heun, torchsde:midpoint or torchsde
 def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
     """One call per interval, one step each. Strong order 1, but for euler on diagonal and all on general noise 1/2."""
     like = x
+    system.require_sense(_SDE_TYPES[method], "torchsde:euler" if _SDE_TYPES[method] != "ito" else "torchsde:heun")
     if system.noise_type == "general":
         if method == "milstein":
             raise ValueError(f"torchsde:milstein takes additive or diagonal noise; for general noise use {GENERAL}")

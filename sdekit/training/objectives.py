@@ -3,7 +3,8 @@
 All look at x_t = alpha x_0 + sigma eps, divide by D, the entries of a sample, and (``denoising`` with a weighting of
 its own and ``variational`` aside) differ from  E sigma^2 |score - true score|^2 / D  by a number that does not depend
 on the network: the same minimiser on the same scale. sigma^2 keeps every noise level in the loss; unweighted, the
-lowest would be all of it.
+lowest would be all of it. An :class:`sdekit.ItoSDE` has no sigma: x_t is simulated, sigma^2 stands for its
+``score_weight``, and the objectives that need no kernel take it: implicit, sliced, finite_difference and explicit.
 
 ``score`` is a :class:`sdekit.models.network.NetworkScore`, x_0 (B, *event), t (B,) in float64, and ``normal()`` the
 next standard normal tensor like x_0, the only source of randomness: eps first, then the projections. Losses are
@@ -98,7 +99,7 @@ def implicit() -> Objective:
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
         require_gradient(score.sde, "implicit score matching")
-        x, _ = _noised(score.sde, x0, t, normal)
+        x = score.sde.draw(x0, t, normal)
         d = x[0].numel()
         units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
         square, products = _square_and_products(score, x, t, units)
@@ -117,7 +118,7 @@ def sliced(projections: int = 1) -> Objective:
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
         require_gradient(score.sde, "sliced score matching")
-        x, _ = _noised(score.sde, x0, t, normal)
+        x = score.sde.draw(x0, t, normal)
         square, products = _square_and_products(score, x, t, [_signs(normal()) for _ in range(projections)])
         return _scaled(score.sde, t, square + 2 * products.mean(0) / x[0].numel())
 
@@ -140,8 +141,8 @@ def finite_difference(projections: int = 1, step: float = 0.1) -> Objective:
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
         require_gradient(score.sde, "finite-difference score matching")
-        x, _ = _noised(score.sde, x0, t, normal)
-        h = step * expand(score.sde.sigma(t), x)
+        x = score.sde.draw(x0, t, normal)
+        h = step * expand(score.sde.score_weight(t).sqrt(), x)
         draws = []
         for _ in range(projections):
             v = _signs(normal())
@@ -159,7 +160,7 @@ def explicit(reference: Score) -> Objective:
     """
 
     def objective(score: NetworkScore, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> Tensor:
-        x, _ = _noised(score.sde, x0, t, normal)
+        x = score.sde.draw(x0, t, normal)
         with torch.no_grad():
             known = reference(x, t)
         if known.shape != x.shape:
@@ -248,8 +249,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 
 def _noised(sde: SDE, x0: Tensor, t: Tensor, normal: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """(x_t, eps)."""
-    eps = sde.unit_noise(normal)
     mean, std = sde.marginal(x0, t)
+    eps = sde.unit_noise(normal)
     return mean + std * eps, eps
 
 
@@ -283,7 +284,7 @@ def _signs(z: Tensor) -> Tensor:
 
 def _scaled(sde: SDE, t: Tensor, y: Tensor) -> Tensor:
     """sigma^2 y, (B,)."""
-    return (sde.sigma(t) ** 2).to(y) * y
+    return sde.score_weight(t).to(y) * y
 
 
 def _mean(y: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def train(
     Raises ValueError or TypeError that names the argument, FloatingPointError for a loss that is not finite, and
     FileExistsError where ``out`` holds a run and resume is False.
     """
-    _checks.instance(sde)
+    _checks.instance(sde, gaussian=predicts != "score")
     _checks.lookup(KINDS, predicts, "prediction")
     steps, batch, every = (_checks.count(n, s) for n, s in ((steps, "steps"), (batch, "batch"), (every, "every")))
     if not 0 <= label_drop < 1:
@@ -211,9 +211,12 @@ class Metrics:
         self.step, self.time = step, now
 
 
-def _fingerprint(sde: SDE) -> list[Any]:
+def _fingerprint(sde: Any) -> list[Any]:
+    if not hasattr(sde, "alpha"):  # an ItoSDE: what its numbers are
+        mine = sorted((k, v) for k, v in vars(sde).items() if isinstance(v, int | float | str))
+        return [type(sde).__name__, sde.noise_type, sde.T, sde.t_min, sde.steps, *map(list, mine)]
     times = torch.linspace(sde.t_min, sde.T, 5, dtype=torch.float64)
-    law = [str(part) for part in sde.law()]
+    law = [y if isinstance(y, int | float | str) else getattr(y, "__qualname__", type(y).__name__) for y in sde.law()]
     return [type(sde).__name__, *law, *sde.alpha(times).tolist(), *sde.sigma(times).tolist()]
 
 

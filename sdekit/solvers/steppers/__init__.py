@@ -3,7 +3,7 @@
 from sdekit.solvers.steppers.base import StepRule, as_rule, at_end, chain, repeat, stay, step_rule
 from sdekit.solvers.steppers.ddim import ddim
 from sdekit.solvers.steppers.drift import euler_maruyama, heun, milstein, reverse_diffusion, rk4, sra1
-from sdekit.solvers.steppers.langevin import langevin
+from sdekit.solvers.steppers.langevin import hamiltonian, langevin, smld
 from sdekit.solvers.steppers.multistep import multistep
 from sdekit.solvers.steppers.singlestep import edm, restart, singlestep
 
@@ -16,6 +16,7 @@ __all__ = [
     "ddim",
     "edm",
     "euler_maruyama",
+    "hamiltonian",
     "heun",
     "langevin",
     "milstein",
@@ -25,6 +26,7 @@ __all__ = [
     "reverse_diffusion",
     "rk4",
     "singlestep",
+    "smld",
     "sra1",
     "stay",
     "step_rule",

@@ -30,6 +30,7 @@ class StepRule:
     steps. ``order``: of the global error on an ODE; ``weak_order``: of mean and covariance with additive noise.
     ``noisy``: the rule draws noise of its own, even where the system's churn is 0. ``churn``: of a rule that has its
     own amount of noise, the only one besides 0 that it takes from a system; None where it does what the system says.
+    ``sense``: "ito" or "stratonovich", the sense of dW where the diffusion depends on x; None where it does not say.
     ``nodes``: the fractions of [t, s] besides the ends at which the rule looks at the process, so that
     their coefficients are tabulated too (elsewhere they are computed on the spot, which is slower).
     ``begin(system, times, x)``: makes the first state from the whole grid and the first x, where None is not enough.
@@ -50,6 +51,7 @@ class StepRule:
     weak_order: int = 1
     noisy: bool = False
     churn: float | None = None
+    sense: str | None = None
     finish: Callable[[Any, Tensor, float, Any], Tensor] = lambda system, x, t, state: system.denoise(x, t)
     correction: Callable[[Any], Tensor | None] | None = None
     table: Any = None
@@ -59,11 +61,15 @@ class StepRule:
         return self.step(system, x, t, s, noise, state)
 
     def check(self, system: Any) -> None:
-        """Raise ValueError for a system whose churn this rule would ignore, or that knows no noise."""
+        """Raise ValueError for a system whose churn this rule would ignore, without noise, or of another sense."""
         if (self.noisy or system.churn) and not system.diffuses:
             raise ValueError(
                 "this process has no reverse SDE, only a flow, and this rule draws noise: take one without, such as "
                 "unipc_2, ddim or heun"
+            )
+        if self.sense:
+            system.require_sense(
+                self.sense, "milstein (Ito)" if self.sense == "stratonovich" else "heun (Stratonovich)"
             )
         if self.churn is not None and system.backwards_only and system.churn != self.churn:
             raise ValueError(

@@ -32,7 +32,7 @@ def plus(x: Tensor, g: Any, dW: Tensor) -> Tensor:
     return x.add_(dW, alpha=g) if isinstance(g, float) else x + g * dW
 
 
-@step_rule()
+@step_rule(sense="ito")
 def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x_s = x + (s - t) drift + diffusion dW, both at (x, t). Ito; strong order 1 (diagonal noise 1/2)."""
     x_s = system.add_drift(x, t, s - t)  # x + (s - t) drift(x, t)
@@ -41,7 +41,7 @@ def euler_maruyama(system: Any, x: Tensor, t: float, s: float, noise: Any, state
     return x_s, state
 
 
-@step_rule()
+@step_rule(sense="ito")
 def milstein(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x_s = x + h d + g dW + 1/2 g g' (dW^2 - |h|),  h = s - t, drift d and diffusion g at (x, t).
 
@@ -60,7 +60,7 @@ def milstein(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any)
     return x_s, state
 
 
-@step_rule(evaluations=2, order=2, weak_order=2)
+@step_rule(evaluations=2, order=2, weak_order=2, sense="stratonovich")
 def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """x' = x + h d_t + g_t dW,  x_s = x + h/2 (d_t + d'_s) + (g_t + g'_s)/2 dW,  h = s - t, d = drift, g = diffusion.
 
@@ -80,7 +80,7 @@ def heun(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> 
     return x_s, state
 
 
-@step_rule(evaluations=4, order=4, nodes=(0.5,))
+@step_rule(evaluations=4, order=4, nodes=(0.5,), sense="ito")
 def rk4(system: Any, x: Tensor, t: float, s: float, noise: Any, state: Any) -> tuple[Tensor, Any]:
     """The classical Runge-Kutta method on the drift, plus diffusion dW at (x, t): order 4 on an ODE. With noise Ito, of
     Euler-Maruyama's strong orders: 1 for additive, 1/2 for diagonal noise.
