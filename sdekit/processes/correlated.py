@@ -39,7 +39,7 @@ class CorrelatedSDE(SDE):
         require_white(sde, "CorrelatedSDE")
         self._inside, self.grid, self.unit_level = sde, sde.grid, sde.unit_level
         self.root, self.inverse, self.log_det = root, inverse, log_det
-        self._digest = ""
+        self._digest, self._unproven = "", False
         if covariance is not None:
             k = torch.as_tensor(covariance, dtype=torch.float64, device="cpu").detach()
             if k.ndim != 2 or k.shape[0] != k.shape[1] or not torch.isfinite(k).all():
@@ -59,6 +59,9 @@ class CorrelatedSDE(SDE):
             self.log_det = float(factor.diagonal().log().sum())
         elif not callable(root) or not (inverse is None or callable(inverse)):
             raise TypeError("root and inverse must be callables (B, *event) -> (B, *event)")
+        else:
+            self.root, self.inverse = _Given(root, "root"), inverse and _Given(inverse, "inverse")
+            self._unproven = inverse is not None
 
     @property
     def T(self) -> float:
@@ -80,7 +83,7 @@ class CorrelatedSDE(SDE):
 
     def law(self) -> tuple[Any, ...]:
         """L: its matrix's digest, or the callable."""
-        return ("root", self._digest or self.root)
+        return ("root", self._digest or getattr(self.root, "function", self.root))
 
     def alpha(self, t: Tensor) -> Tensor:
         """That of the process inside."""
@@ -103,7 +106,13 @@ class CorrelatedSDE(SDE):
         """L^-1 x, like x. Raises ValueError where the process was given a root without its inverse."""
         if self.inverse is None:
             raise ValueError("this needs L^-1: give CorrelatedSDE(..., inverse=) beside root")
-        return self.inverse(x)
+        white = self.inverse(x)
+        if self._unproven and self.root is not None:
+            off = float((self.root(white) - x).norm() / x.norm().clamp_min(torch.finfo(x.dtype).tiny))
+            if not off <= 1e3 * torch.finfo(x.dtype).eps ** 0.75:  # filters of a wide range lose digits
+                raise ValueError(f"inverse is not root's: root(inverse(x)) and x differ by {100 * off:.3g} % for an x")
+            self._unproven = False
+        return white
 
     def log_kernel(self, off: Tensor, t: Time) -> Tensor:
         """log p(x_t|x_0) but for a constant, -|L^-1 off|^2/(2 sigma^2), of off = x_t - alpha x_0, (B, *event); (B,)."""
@@ -118,6 +127,20 @@ class CorrelatedSDE(SDE):
         if self.log_det is None:
             raise ValueError("this needs log |det L|: give CorrelatedSDE(..., log_det=) beside root")
         return self.log_det
+
+
+class _Given:
+    """A user's linear map, whose results are like x."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str) -> None:
+        self.function, self._name = function, name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.function(x)
+        if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{self._name} must return a floating tensor like x, {tuple(x.shape)}, got {got}")
+        return y.to(x.dtype)
 
 
 class _Times:

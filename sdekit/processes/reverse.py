@@ -49,6 +49,8 @@ class Reverse(System):
     is more noise than the process had. t is a float, a 0-d or a (B,) tensor; everything returned is like x.
     ``model(x, moment)``: what the model says, counted; :meth:`express` has the numbers that make of it whatever kind
     of prediction a rule works with.
+    Of a process with a mean of its own (ShiftedSDE) all methods here are of x less that, which ``centre`` takes and
+    :func:`sdekit.solve` too.
     Raises ValueError for churn < 0, and for a model that says nothing where alpha = 0 if it is asked there.
     """
 

@@ -157,6 +157,18 @@ def test_a_filter_on_pictures_as_the_root():
             run()
 
 
+def test_a_root_of_ones_own_is_checked():
+    like = torch.ones(3, 2, dtype=torch.float32)
+    wide = CorrelatedSDE(VPSDE(), root=lambda x: 2 * x.double(), inverse=lambda x: x / 2, log_det=0.0)
+    assert wide.perturb(like, 0.3, seed=0).dtype == wide.colour(like).dtype == torch.float32
+    with pytest.raises(
+        ValueError, match=r"root must return a floating tensor like x, \(3, 2\), got torch.float32 \(3, 1\)"
+    ):
+        CorrelatedSDE(VPSDE(), root=lambda x: x[:, :1]).perturb(like, 0.3, seed=0)
+    with pytest.raises(ValueError, match=r"inverse is not root's: root\(inverse\(x\)\) and x differ by 50 %"):
+        CorrelatedSDE(VPSDE(), root=lambda x: 2 * x, inverse=lambda x: x / 4, log_det=0.0).prior_log_prob(like)
+
+
 def test_the_trainer_uses_the_process_s_noise():
     """A network that says nothing has the loss E|eps|^2 = tr K/D where it predicts eps."""
     k = torch.diag(torch.tensor([4.0, 0.25]))
