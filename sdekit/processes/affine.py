@@ -13,7 +13,7 @@ from sdekit import _checks
 from sdekit.processes.counted import asked
 from sdekit.processes.law import digest
 from sdekit.processes.sde import SDE
-from sdekit.system import Coefficients, Time, as_time, expand, float64
+from sdekit.system import Coefficients, Time, as_time, expand, float64, holds
 
 _NODES, _MOST = 16, 4096
 _RTOL = 1e-12
@@ -264,7 +264,7 @@ def _function(y: Any, name: str) -> Callable[[Tensor], Any]:
 
 def _finite(value: Any, at: Tensor, name: str) -> Tensor:
     value = torch.as_tensor(value, dtype=at.dtype, device=at.device).expand(at.shape)
-    if not torch.isfinite(value).all():
+    if not holds(torch.isfinite(value)):
         t = float(at[~torch.isfinite(value)][0])
         raise ValueError(
             f"{name} must be finite on [0, T]: at t = {t:g} it is {float(value[~torch.isfinite(value)][0])}"

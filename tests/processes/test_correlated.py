@@ -108,9 +108,9 @@ def test_the_likelihood_of_gaussian_data_to_1e_8(inside):
     """log p at t_min in closed form, N(alpha m, alpha^2 C + sigma^2 K), with the exact law at T for the prior."""
     sde = CorrelatedSDE(INSIDE[inside](), K)
     one = GaussianMixture(DATA.means[:1], DATA.covs[:1])
-    x = one.sample(5, seed=0, dtype=torch.float64)
+    x = one.sample(3, seed=0, dtype=torch.float64)
     end = one.at(sde, sde.T)
-    out = log_likelihood(sde, one.score(sde), x, rtol=1e-11, atol=1e-11, prior_log_prob=end.log_prob)
+    out = log_likelihood(sde, one.score(sde), x, rtol=1e-10, atol=1e-10, prior_log_prob=end.log_prob)
     a, s = (float(y(sde.t_min)) for y in (sde.alpha, sde.sigma))
     cov = a**2 * one.covs[0].numpy() + s**2 * K.numpy()
     want = stats.multivariate_normal(a * one.means[0].numpy(), (cov + cov.T) / 2).logpdf(x.numpy())
