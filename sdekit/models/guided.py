@@ -161,7 +161,7 @@ class Classified(Derived):
         super().__init__(score, inside(score)[0])
         require_gradient(self.sde, "classifier guidance")
         self._log_prob, self._scale = log_prob, scale
-        self._given = Conditions(tuple(given), {})
+        self._given = Conditions(tuple(given) if isinstance(given, tuple | list) else (given,), {})
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """What the model inside makes of the times, and what the gradient is multiplied by in its kind."""

@@ -213,8 +213,8 @@ def posterior_score(
 ) -> PosteriorScore:
     """A score of p(x_t | y) for every sampler, adaptive method and the likelihood, from a score of p(x_t).
 
-    ``method``: "mmps", the best that costs no particles, exact where the data are Gaussian; "tmpd", "pigdm"; "dps",
-    for an A that is not linear too. ``options`` are those of the functions of these names in
+    ``method``: "mmps", exact where the data are Gaussian; "tmpd", "pigdm"; "dps", for an A that is not linear too,
+    which needs as many steps as 1/std^2. ``options`` are those of the functions of these names in
     :mod:`sdekit.posterior.scores`. All are approximations where the data are not Gaussian: modes get weights that are
     off by .1 to .5, which no number of steps mends; :func:`posterior_sample` does.
 

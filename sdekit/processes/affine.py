@@ -210,12 +210,12 @@ class BridgeSDE(ShiftedSDE):
     """Between data and a known y: the Brownian bridge  x_t = (1 - t) x_0 + t y + s sqrt(t (1 - t)) eps,  s = ``scale``.
 
     Its reverse leads from y, restored with noise, to x_0  (Liu et al. 2023, I2SB, eq. 11 with constant beta; Li et al.
-    2023, BBDM). ``y``: (*event) for all samples, or (B, *event), each sample's own, which follows it. T is .999, where
-    (1 - T) x_0 is left out of the prior N(T y, s^2 T (1 - T)). The bundled trainer, which shuffles, takes a y for all
-    samples alone. Raises ValueError for scale <= 0.
+    2023, BBDM). ``y``: (*event) for all samples, or (B, *event), each sample's own, which follows it. T is .9999, where
+    the prior N(T y, s^2 T (1 - T)) leaves out (1 - T) x_0, which is .01 x_0/s of its standard deviations. The bundled
+    trainer, which shuffles, takes a y for all samples alone. Raises ValueError for scale <= 0.
     """
 
-    T = 0.999
+    T = 0.9999
 
     def __init__(self, y: Tensor, scale: float = 1.0) -> None:
         self.y, self.scale = _checks.state(y, "y"), _checks.positive(scale, "scale")

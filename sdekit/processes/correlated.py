@@ -17,7 +17,8 @@ class CorrelatedSDE(SDE):
 
     It is the process inside for L^-1 x, so samplers, adaptive methods and the trainer go unchanged with L z for z, and
     the likelihood is that of L^-1 x, less log det L. A model says x_0, or eps = L z of x = alpha x_0 + sigma eps, or a
-    mix of these ("v", "flow"); its "score" is -eps/sigma = K grad log p_t.
+    mix of these ("v", "flow"); its "score" is -eps/sigma = K grad log p_t. Networks are best trained to say "v" or
+    "x0": an error of eps counts by the inverse of K's eigenvalues.
 
     ``covariance``: K, (D, D), of flattened events. Or ``root``: L, a linear callable (B, *event) -> (B, *event), such
     as a filter, with its ``inverse``, a callable too, and ``log_det``, log |det L|, for the likelihood and exact

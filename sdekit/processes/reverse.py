@@ -122,9 +122,9 @@ class Reverse(System):
         visits = torch.tensor(sorted(self._visits), dtype=torch.float64)
 
         def make() -> dict[Hashable, Any]:
+            require_same(model.sde, sde, visits)  # the likelier mistake, so it is said first
             if bool((self.levels(visits).alpha == 0).any()):
                 self.require_signal()
-            self.said(self.levels(visits))  # or it raises: a model of another process
             return {}
 
         def watch(times: Tensor) -> list[Tensor]:
@@ -265,8 +265,9 @@ class Reverse(System):
         if self.churn:
             raise ValueError(
                 f"the reverse SDE of {type(self.sde).__name__} has no finite drift where alpha = 0, at T = "
-                f"{self.sde.T:g}: start a little lower (a grid from {0.999 * self.sde.T:g}, or that for T), or sample "
-                "by a rule on the transition (ancestral, sa_solver, dpmpp_2m_sde) or the flow (churn = 0)"
+                f"{self.sde.T:g}: start a little lower (sde.T = {0.99 * self.sde.T:g}, with grid='karras': even steps "
+                "of t are too long), or sample by a rule on the transition (ancestral, sa_solver, dpmpp_2m_sde) or "
+                "the flow (churn = 0)"
             )
 
     def diffusion(self, t: Time) -> Any:

@@ -226,8 +226,8 @@ class Preconditioned(nn.Module):
     c_skip = d^2/(r^2 + d^2),  c_out = r d/sqrt(r^2 + d^2),  c_in = 1/sqrt(r^2 + d^2),  at the level r = sigma/alpha of
     any process, for data of standard deviation d = ``sigma_data``; where alpha = 0 F is told the level 1,000.
     Karras et al. 2022, eq. 7 and table 1.
-    To be trained with predicts="x0" and :func:`sdekit.training.objectives.edm` of the same ``sigma_data``, under which
-    F's own error has weight 1.
+    To be trained with predicts="x0", objective=denoising(edm(sigma_data)) of the same ``sigma_data``, under which F's
+    own error has weight 1, and times="lognormal": the way for processes of alpha = 1, HeatODE and PoissonFlow.
     """
 
     def __init__(self, network: nn.Module, sde: SDE, sigma_data: float = 0.5) -> None:
