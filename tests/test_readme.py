@@ -167,6 +167,8 @@ PRINTS = {
                       (r"effective particles ([\d.]+)", 3.2, 0.5)],
     "interpolate.py": [(r"moons: round-trip error ([\d.e-]+)", 0.0, 1e-3),
                        (r"digits: round-trip error ([\d.e-]+)", 0.0, 0.02)],
+    "correlated_noise.py": [(r"own spectrum: samples' spectrum off by ([\d.]+) %", 1.3, 1.0),
+                            (r"own spectrum: .* log p by ([\d.]+) nats", 0.0, 2e-3)],
     "quickstart.py": [(r"data: (-?[\d.]+) nats", -1.02, 0.1)],
     "diffusers_model.py": [(r"sdekit, 6 evaluations: ([\d.]+)", 0.08, 0.01),
                            (r"DDIM, 6 evaluations: ([\d.]+)", 0.144, 0.01)],
