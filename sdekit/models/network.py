@@ -83,7 +83,7 @@ class NetworkScore:
         """The same model under another process, by the map of noise levels: one network for every process.
 
         At each time of ``sde`` the network is asked at the time of its own process where sigma/alpha is the same, so
-        samples of the same latent are the same. Raises TypeError for what is no process.
+        samples of the same latent over the same levels are the same. Raises TypeError for what is no process.
         """
         return Under(self, sde)
 

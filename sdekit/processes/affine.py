@@ -149,10 +149,13 @@ class AffineSDE(ShiftedSDE):
     def _moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log alpha, m and sigma^2 at t; those of the last t are kept, since alpha, sigma and m are asked in turn."""
         last, known = self._last
-        if torch._C._functorch.maybe_current_level() is not None or t.requires_grad:  # vmap knows no equal
+        if t.requires_grad or torch.is_inference_mode_enabled():  # what is kept is for a later mode too
             return self._made(t)
-        if last is not None and last.shape == t.shape and last.device == t.device and torch.equal(last, t):
-            return known
+        try:
+            if last is not None and last.shape == t.shape and last.device == t.device and torch.equal(last, t):
+                return known
+        except RuntimeError:  # vmap knows no equal
+            return self._made(t)
         made = self._made(t)
         self._last = t.clone(), made
         return made
@@ -286,4 +289,5 @@ def _gauss() -> tuple[Tensor, Tensor, Tensor]:
         1,
     )
     q = integrals @ np.linalg.inv(values) / 2
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2), torch.from_numpy(q)
+    with torch.inference_mode(False):  # they are kept
+        return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2), torch.from_numpy(q)
