@@ -172,8 +172,8 @@ def headline_numbers() -> str:
         f"With steps chosen by the solver, `{method}` comes to an error of {HEADLINE_ERROR:g} in {need[method]:.0f} "
         f"evaluations a sample; the best of the others needs {need[other]:.0f}. Log-likelihoods are {ours['mean']:.2g} "
         f"nats off after {ours['evaluations']:.0f} evaluations; the least error of other recipes is "
-        f"{theirs['mean']:.2g}, after {theirs['evaluations']:.0f}. Draws given y = A x_0 + noise, by an exact score, are "
-        f"{min(drawn):.2f} to {max(drawn):.2f} times as far off as others that are exact."
+        f"{theirs['mean']:.2g}, after {theirs['evaluations']:.0f}. Draws given y = A x_0 + noise, by an exact score, "
+        f"are {min(drawn):.2f} to {max(drawn):.2f} times as far off as others that are exact."
     )
 
 
