@@ -1,6 +1,9 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
 from sdekit import posterior
+from sdekit.evaluation.check import check_score
+from sdekit.evaluation.compare import compare
+from sdekit.evaluation.comparison import Comparison
 from sdekit.likelihood import (
     BitsPerDim,
     Likelihood,
@@ -64,6 +67,7 @@ __all__ = [
     "BridgeSDE",
     "BrownianPath",
     "Calibration",
+    "Comparison",
     "CorrelatedSDE",
     "CosineVP",
     "GaussianMixture",
@@ -86,6 +90,8 @@ __all__ = [
     "as_score",
     "bits_per_dim",
     "calibrate",
+    "check_score",
+    "compare",
     "decode",
     "dynamic_threshold",
     "encode",

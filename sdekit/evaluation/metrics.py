@@ -36,6 +36,20 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, float(distance))
 
 
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 256, seed: int = 0) -> float:
+    """(E_u W_2(u . a, u . b)^2)^(1/2), u uniform on the sphere: the sliced 2-Wasserstein distance of samples.
+
+    ``a``, ``b`` (N, *event), as many of each; sorted along each of ``directions`` drawn from ``seed``, in float64. Two
+    sets of one law are some sqrt(1/N) apart. Raises ValueError for sets of other shapes.  Bonneel et al. 2015.
+    """
+    a, b = (_checks.state(x, name).flatten(1).to("cpu", torch.float64) for x, name in ((a, "a"), (b, "b")))
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must be of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    u = torch.randn(a.shape[1], directions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    u /= u.norm(dim=0)
+    return float(((a @ u).sort(0).values - (b @ u).sort(0).values).square().mean().sqrt())
+
+
 def load_feature_extractor(name: str) -> Extractor:
     """images (N, *event) -> features (N, F) of a bundled classifier, float32.
 

@@ -115,6 +115,14 @@ def calibrate(
     return model.calibration(error, start_error) if error < start_error else fixed.calibration(start_error, start_error)
 
 
+def price(nfe: int, noises: int = 512, iterations: int = 150, batch: int = 32) -> int:
+    """About how many evaluations of one sample :func:`calibrate` makes, a gradient counted as two."""
+    judges = min(noises, _JUDGES)
+    teacher = (noises + judges) * (max(50, 4 * nfe) + 1)
+    starts = judges * nfe * len(_STARTS) * len(_START_GRIDS)
+    return teacher + starts + 3 * iterations * min(batch, noises) * nfe + 2 * (noises + judges) * nfe
+
+
 def _best_start(
     sde: SDE, score: Score, nfe: int, sampler: str | None, noises: Noises, batch: int
 ) -> tuple[str, str, Tensor]:

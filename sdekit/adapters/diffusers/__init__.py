@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("sdekit.adapters.diffusers needs diffusers: pip install 'sdekit[diffusers]'") from error
 
-from sdekit.adapters.diffusers.models import from_diffusers
+from sdekit.adapters.diffusers.models import from_diffusers, load_folder
 from sdekit.adapters.diffusers.scheduler import Scheduler
 
-__all__ = ["Scheduler", "from_diffusers"]
+__all__ = ["Scheduler", "from_diffusers", "load_folder"]

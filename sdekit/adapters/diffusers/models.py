@@ -1,11 +1,15 @@
 """diffusers' networks as scores."""
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from sdekit.adapters.diffusers.conventions import Convention, convention, parts
@@ -59,6 +63,31 @@ def from_diffusers(
     if made.sigma_data is not None:
         clock = None  # the preconditioning takes sigma itself, and makes the network's clock of it
     return made.sde, as_score(_Called(model, made), made.sde, made.predicts, time=clock)
+
+
+def load_folder(path: str | Path, device: torch.device | str | None = None) -> tuple[SDE, NetworkScore]:
+    """(process, score) of a folder on disk, as ``save_pretrained`` of a pipeline, or of its parts, has written it.
+
+    In it ``unet`` or ``transformer``, and ``scheduler``; the network is of the class that its config names, in
+    evaluation mode, and ``score.event`` the shape of its items, where the config tells. Raises FileNotFoundError or
+    ValueError for a folder that is none, and what :func:`from_diffusers` raises.
+    """
+    folder = Path(path)
+    inside = [folder / name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()]
+    settings = folder / "scheduler" / "scheduler_config.json"
+    if not inside or not settings.is_file():
+        raise FileNotFoundError(f"{folder} must hold unet/ or transformer/, and scheduler/, as save_pretrained does")
+    name = json.loads((inside[0] / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{inside[0]} is of class {name!r}, which is no network of diffusers {diffusers.__version__}")
+    spare = is_accelerate_available()  # without it diffusers warns that it cannot
+    network = kind.from_pretrained(inside[0], low_cpu_mem_usage=spare).to(device or "cpu").eval()  # type: ignore[attr-defined]
+    sde, score = from_diffusers(network, json.loads(settings.read_text(encoding="utf-8")))
+    size = network.config.get("sample_size")
+    if isinstance(size, int):
+        score.event = (network.config.in_channels, size, size)
+    return sde, score
 
 
 def _then(clock: Any, time: Any, t: Tensor) -> Tensor:

@@ -1,0 +1,314 @@
+"""Does check_score find what is wrong with a model, and leave right ones alone?
+
+    pip install -e ".[benchmarks,diffusers]"
+    python benchmarks/trust.py            # 42 planted mistakes, 22 right models: ten minutes on a thread
+    python benchmarks/trust.py --quick    # does it run? three of each
+
+Protocol: three models (the bundled digits model, which predicts v on the clock t of VPSDE(); the trained diffusers
+U-Net of networks/, eps on a table's index; the exact score of a mixture in 8 dimensions), each with one mistake
+planted, or two: what is said of its prediction, clock, factor, process, data or weights is not what it was made with.
+``check_score`` sees 128 samples of the data (seed 0), nothing of the mistake. A mistake is found where the report is
+not ok, and named where what it says is in the column "named right". Of right models nothing may fail: the bench of networks.py, each
+under its process and some under others, exact scores under every process and said in every kind.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networks
+import torch
+from overhead_measure import write
+from tables import markdown
+from torch import Tensor, nn
+
+from sdekit import (
+    SDE,
+    VESDE,
+    VPSDE,
+    BetaTable,
+    CosineVP,
+    GaussianMixture,
+    HeatODE,
+    Noise,
+    PointSet,
+    RectifiedFlow,
+    SubVPSDE,
+    as_score,
+    check_score,
+    load_pretrained,
+)
+from sdekit.processes.kinds import express, kind_of
+from sdekit.training.digits import load_digits
+from sdekit.training.trainer import train
+
+Case = tuple[SDE, Any, Tensor]
+DIM = 8
+
+
+class Planted(NamedTuple):
+    """A mistake: in which model, what it is, what the report must say of it, and the model with it."""
+
+    model: str
+    mistake: str
+    says: tuple[str, ...]  # one of these
+    make: Callable[[], Case]
+
+
+class Parts(NamedTuple):
+    """A right model in parts: the network, its process, prediction, clock and data."""
+
+    network: Callable[..., Tensor]
+    sde: SDE
+    predicts: str
+    clock: Callable[[Tensor], Tensor]
+    data: Tensor
+
+    def case(self, **wrong: Any) -> Case:
+        """The model, with what is said of it wrong."""
+        p = self._replace(**wrong)
+        return p.sde, as_score(p.network, p.sde, predicts=p.predicts, time=p.clock), p.data
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    return load_digits()
+
+
+@cache
+def bundled() -> Parts:
+    sde, score = load_pretrained("digits")
+    return Parts(score.network, sde, score.predicts, lambda t: t, digits()[0])
+
+
+@cache
+def unet() -> Parts:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from sdekit.adapters.diffusers import from_diffusers
+
+    folder = networks.FOLDER / "diffusers_unet"
+    network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).float().eval()
+    sde, score = from_diffusers(network, DDPMScheduler.from_pretrained(folder / "scheduler"))
+    return Parts(lambda x, t: network(x, t).sample, sde, "eps", lambda t: 1000 * t - 1, digits()[0])
+
+
+@cache
+def mixture() -> GaussianMixture:
+    """Four modes in eight dimensions, of about unit size, each wide in some directions and narrow in others."""
+    z = Noise(torch.empty(4, DIM, DIM + 1, dtype=torch.float64), 5).normal()
+    roots = z[..., :DIM] * torch.logspace(0, -1.5, DIM, dtype=torch.float64)
+    covariances = 0.2 * roots @ roots.mT / DIM + 1e-3 * torch.eye(DIM, dtype=torch.float64)
+    return GaussianMixture(0.8 * z[..., DIM] + 0.3, covariances, [0.4, 0.3, 0.2, 0.1])
+
+
+def exact(sde: SDE, predicts: str, x: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network says."""
+    score = mixture().score(sde)
+    time = t.double()
+    a, b = express(kind_of(predicts, sde, time), kind_of("v", sde, time), sde.alpha(time), sde.sigma(time))
+    return (a[:, None] * score.output(x.double(), time) + b[:, None] * x.double()).to(x)
+
+
+@cache
+def closed(predicts: str = "eps", sde: SDE | None = None) -> Parts:
+    """The mixture's exact score as a network on the clock t."""
+    process = sde or VPSDE()
+    data = mixture().sample(2000, seed=0).float()
+    return Parts(partial(exact, process, predicts), process, predicts, lambda t: t, data)
+
+
+def rough(parts: Parts, steps: int = 200) -> Case:
+    """Trained on for some steps at a high rate, and the last weights taken for the averaged ones."""
+    assert isinstance(parts.network, nn.Module)
+    network = copy.deepcopy(parts.network).requires_grad_()
+    found = train(
+        network,
+        parts.sde,
+        parts.data,
+        predicts=parts.predicts,
+        steps=steps,
+        batch=64,
+        lr=4e-3,
+        ema=0.0,
+        schedule="constant",
+        seed=1,
+    )
+    return parts.case(network=found.network)
+
+
+def dropped(parts: Parts) -> Case:
+    """As a network with dropout does in training mode."""
+    drop = nn.Dropout(0.1)
+    return parts.case(network=lambda x, t: drop(parts.network(x, t)))
+
+
+def normed(parts: Parts) -> Case:
+    """As a network with batch norm does in training mode."""
+    return parts.case(network=lambda x, t: parts.network(x - 0.3 * (x.mean(0, keepdim=True)), t))
+
+
+def labels_of_others() -> Case:
+    """A conditional network, whose labels do not go with the data."""
+    images, _ = digits()
+    sde, score = networks.load("eps_conditional", len(images))
+    return sde, score, images
+
+
+def scaled_linear() -> SDE:
+    return BetaTable(networks.scaled_linear())
+
+
+def common(model: str, parts: Callable[[], Parts], own: str, others: tuple[str, ...]) -> list[Planted]:
+    """Mistakes that can be made with every network: ``own`` is what it predicts."""
+
+    def case(f: Callable[[Parts], Case]) -> Callable[[], Case]:
+        return lambda: f(parts())
+
+    later = lambda p, by: lambda t: p.clock((t + by * p.sde.T / 1000).clamp(0, p.sde.T))  # noqa: E731
+    found = [
+        Planted(
+            model, f"taken for one that predicts {k}", (f"predicts {own}",), case(lambda p, k=k: p.case(predicts=k))
+        )
+        for k in others
+    ]  # type: ignore[misc]
+    right_clock = ("clock t", "table's index", "clock 999 t", "clock 1000 t")
+    return [
+        *found,
+        Planted(model, "clock times 1000", right_clock, case(lambda p: p.case(clock=lambda t: 1000 * p.clock(t)))),
+        Planted(model, "clock over 1000", right_clock, case(lambda p: p.case(clock=lambda t: p.clock(t) / 1000))),
+        Planted(model, "clock reversed", right_clock, case(lambda p: p.case(clock=lambda t: p.clock(p.sde.T - t)))),
+        Planted(model, "clock is log-SNR/4", right_clock, case(lambda p: p.case(clock=lambda t: p.sde.half_log_snr(t) / 2))),
+        Planted(model, "clock one step late", ("earlier", *right_clock), case(lambda p: p.case(clock=later(p, 1)))),
+        Planted(model, "clock one step early", ("later", *right_clock), case(lambda p: p.case(clock=later(p, -1)))),
+        Planted(model, "sign of the output", (f"minus {own}",), case(lambda p: p.case(network=lambda x, t: -p.network(x, t)))),
+        Planted(model, "output doubled", (f"2 times {own}",), case(lambda p: p.case(network=lambda x, t: 2 * p.network(x, t)))),
+        Planted(model, "clock times 1000, and x0 for it", (f"predicts {own} on the clock",),
+                case(lambda p: p.case(clock=lambda t: 1000 * p.clock(t), predicts="x0"))),
+    ]  # fmt: skip
+
+
+def planted() -> list[Planted]:
+    """All mistakes."""
+    vp = ("VPSDE()",)
+    return [
+        *common("bundled", bundled, "v", ("eps", "x0", "flow")),
+        Planted("bundled", "process CosineVP", vp, lambda: bundled().case(sde=CosineVP())),
+        Planted("bundled", "process HeatODE (input not scaled)", vp, lambda: bundled().case(sde=HeatODE())),
+        Planted("bundled", "data in [0, 1]", ("data in [-1, 1]",), lambda: bundled().case(data=(digits()[0] + 1) / 2)),
+        Planted("bundled", "data in [0, 255]", ("data in [-1, 1]",), lambda: bundled().case(data=(digits()[0] + 1) * 127.5)),
+        Planted("bundled", "rows for columns", ("axes swapped",), lambda: bundled().case(data=digits()[0].mT.contiguous())),
+        Planted("bundled", "black for white", ("times -1",), lambda: bundled().case(data=-digits()[0])),
+        Planted("bundled", "last weights for averaged ones", ("EMA",), lambda: rough(bundled())),
+        Planted("bundled", "dropout left on", ("eval()",), lambda: dropped(bundled())),
+        *common("diffusers U-Net", unet, "eps", ("v", "x0", "score")),
+        Planted("diffusers U-Net", "betas of Stable Diffusion", vp, lambda: unet().case(sde=scaled_linear())),
+        Planted("diffusers U-Net", "process HeatODE (input not scaled)", vp, lambda: unet().case(sde=HeatODE())),
+        Planted("diffusers U-Net", "data in [0, 1], and v for eps", ("data in [-1, 1]",),
+                lambda: unet().case(data=(digits()[0] + 1) / 2, predicts="v")),
+        Planted("diffusers U-Net", "batch statistics", ("eval()",), lambda: normed(unet())),
+        *common("closed form", closed, "eps", ("v", "flow", "score")),
+        Planted("closed form", "process CosineVP", vp, lambda: closed().case(sde=CosineVP())),
+        Planted("closed form", "data doubled", ("times 0.5",), lambda: closed().case(data=2 * closed().data)),
+        Planted("closed form", "latents not scaled", ("times 0.18215",), lambda: closed().case(data=closed().data / 0.18215)),
+        Planted("eps_conditional", "labels of other samples", ("conditions of other samples (their order)",), labels_of_others),
+    ]  # fmt: skip
+
+
+def right() -> dict[str, Callable[[], Case]]:
+    """Right models, by name."""
+
+    def bench(name: str, under: SDE | None = None) -> Case:
+        images, labels = digits()
+        sde, score = networks.load(name, len(images))
+        score = score.given(labels) if name == "eps_conditional" else score
+        return (sde, score, images) if under is None else (under, score.under(under), images)
+
+    def half() -> Case:
+        parts = bundled()
+        return parts.case(network=copy.deepcopy(parts.network).to(torch.bfloat16))
+
+    def oracle(sde: SDE) -> Case:
+        return sde, mixture().score(sde), closed().data
+
+    found: dict[str, Callable[[], Case]] = {
+        "bundled": lambda: bundled().case(),
+        "bundled, in bfloat16": half,
+        "diffusers U-Net": lambda: unet().case(),
+        **{name: partial(bench, name) for name in (*networks.BENCH, *networks.OTHERS)},
+        "eps_linear under HeatODE": lambda: bench("eps_linear", HeatODE()),
+        "flow_shift under VPSDE": lambda: bench("flow_shift", VPSDE()),
+        "points": lambda: (VPSDE(), PointSet(digits()[0]).score(VPSDE()), digits()[0]),
+    }
+    for process in (VPSDE(), SubVPSDE(), VESDE(), HeatODE(), RectifiedFlow(), CosineVP()):
+        found[f"mixture under {type(process).__name__}"] = partial(oracle, process)
+    for predicts in ("eps", "x0", "v", "flow", "score"):
+        found[f"mixture, says {predicts}"] = lambda k=predicts: closed(k, SubVPSDE()).case()  # type: ignore[misc]
+    return found
+
+
+def measure(mistakes: list[Planted], models: dict[str, Callable[[], Case]]) -> list[dict[str, Any]]:
+    """A row for each mistake and each right model."""
+    rows = []
+    everything = [*mistakes, *(Planted(name, "", (), make) for name, make in models.items())]
+    for one in everything:
+        sde, score, data = one.make()
+        start = time.perf_counter()
+        report = check_score(sde, score, data)
+        spent = time.perf_counter() - start
+        said = "; ".join([report.found, *(line.remedy for line in report.lines if line.verdict == "fail")])
+        failed = " ".join(line.name for line in report.lines if line.verdict == "fail")
+        named = any(words in said for words in one.says)
+        rows.append({
+            "model": one.model, "mistake": one.mistake, "ok": report.ok, "failed": failed, "found": report.found or said,
+            "named": int(named), "warned": " ".join(line.name for line in report.lines if line.verdict == "warn"),
+        })  # fmt: skip
+        print(f"{one.model:16} {one.mistake or 'right':36} {'ok' if report.ok else 'NOT ok':6} "
+              f"{'named' if named else '':5} {spent:5.1f} s  {rows[-1]['found'][:110]}", flush=True)  # fmt: skip
+    return rows
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """In a line."""
+    wrong = [row for row in found if row["mistake"]]
+    fine = [row for row in found if not row["mistake"]]
+    ok = ("True", True)
+    caught = [row for row in wrong if row["ok"] not in ok]
+    named = [row for row in caught if int(row["named"])]
+    return (
+        f"Of {len(wrong)} planted mistakes {len(caught)} are found and {len(named)} named right; of {len(fine)} right "
+        f"models {sum(row['ok'] not in ok for row in fine)} are accused."
+    )
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each mistake."""
+    lines = [
+        [row["model"], row["mistake"], "no" if row["ok"] in ("True", True) else "yes", "yes" if int(row["named"]) else "no", row["found"]]
+        for row in found if row["mistake"]
+    ]  # fmt: skip
+    return markdown(["model", "mistake", "found", "named", "what the report says"], lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    mistakes, models = planted(), right()
+    if options.quick:
+        mistakes, models = mistakes[:3], dict(list(models.items())[:3])
+    found = measure(mistakes, models)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(options.out / "trust.csv", found)
+    print(table(found))
+    print(summary(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a model says of noisy data at a few noise levels, and how near that is to the data."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit.noise.keyed import Noise
+from sdekit.processes.counted import Model, samples
+from sdekit.processes.kinds import express, kind_of
+from sdekit.processes.sde import SDE
+
+LEVELS = 10
+# Levels in units of the data's spread. Below the first nothing is left to learn; above the last an eps network says
+# nothing of x_0 (its error times sigma/alpha), and every model the mean.
+LOWEST, HIGHEST = 0.01, 10.0
+
+
+class Probe:
+    """Data x_0 (n, *event), standard normal eps for each level, and the levels: r = sigma/alpha, from low to high.
+
+    ``spread``: the root mean square of the data about their mean. ``trivial``: (levels,), what the best denoiser that
+    knows the data's mean and spread alone errs a number, s^2 r^2/(s^2 + r^2); losses here are in units of it.
+    """
+
+    def __init__(
+        self, sde: SDE, model: Model, data: Tensor, n: int, seed: int, batch: int, highest: float = HIGHEST
+    ) -> None:
+        self.seed = seed
+        self.sde, self.model, self.batch, self.data = sde, model, batch, data
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        self.rows = order.repeat(-(-n // len(data)))[:n]
+        self.mean = data.mean(0)
+        self.spread = max(float((data - self.mean).double().square().mean().sqrt()), 1e-12)
+        self.x0 = data[self.rows.to(data.device)]
+        first, last = (float((-sde.half_log_snr(t)).exp()) for t in (sde.t_min, sde.T))
+        low, high = max(first, LOWEST * self.spread), min(last * (1 - 1e-6), highest * self.spread)
+        if not low < high:
+            raise ValueError(
+                f"the noise levels of {type(sde).__name__}, sigma/alpha = {first:g} ... {last:g}, and the "
+                f"data's spread of {self.spread:g} have nothing in common; scale the data to about unit size"
+            )
+        self.r = torch.logspace(math.log10(low), math.log10(high), LEVELS, dtype=torch.float64)
+        self.trivial = self.spread**2 * self.r**2 / (self.spread**2 + self.r**2)
+        self.times = sde.inverse_half_log_snr(-self.r.log())
+        noise = Noise(self.x0, seed, purpose="check")
+        self.eps = [sde.unit_noise(noise.normal) for _ in range(LEVELS)]
+
+    def below(self, highest: float) -> "Probe":
+        """The same with all levels below this, in the data's spread."""
+        return Probe(self.sde, self.model, self.data, len(self.x0), self.seed, self.batch, highest)
+
+    def with_others_conditions(self) -> "Probe":
+        """The same, where the model is given each sample's neighbour's conditions."""
+        other = copy.copy(self)
+        other.rows = self.rows.roll(1)
+        return other
+
+    def state(self, k: int, sde: SDE | None = None, x0: Tensor | None = None, t: float | None = None) -> Tensor:
+        """x_t = alpha x_0 + sigma eps of the k-th level, like the data; of another process or other data if given."""
+        process, t = sde or self.sde, float(self.times[k]) if t is None else t
+        return process.perturb(self.x0 if x0 is None else x0, t, noise=self.eps[k])
+
+    def ask(self, x: Tensor, clock: Tensor, first: int = 0, graph: bool = False) -> Tensor:
+        """What the model says at x (m, *event), of the samples from ``first`` on, at this value of its clock."""
+        parts = []
+        with torch.set_grad_enabled(graph):
+            for part in torch.arange(len(x)).split(self.batch):
+                with samples(self.rows[part + first], len(self.data)):
+                    parts.append(told(self.model, x[int(part[0]) : int(part[-1]) + 1], clock).clone())
+        return torch.cat(parts)
+
+    def at_time(self, x: Tensor, t: float, first: int = 0, graph: bool = False) -> Tensor:
+        """E[x_0|x_t = x] as the model has it."""
+        time = torch.tensor(t, dtype=torch.float64)
+        out = self.ask(x, own_clock(self.model, time), first, graph)
+        a, b = self._of("x0", time)
+        return a.to(x) * out + b.to(x) * self.sde.centre(x, time)
+
+    def said(self, k: int) -> Tensor:
+        """What the model itself says at the k-th level."""
+        return self.ask(self.state(k), own_clock(self.model, self.times[k]))
+
+    def target(self, k: int) -> Tensor:
+        """What a perfect model says on average: m x_0 + n eps."""
+        m, n = kind_of(self.model.predicts, self.model.sde, self.times[k])
+        return m.to(self.x0) * self.x0 + n.to(self.x0) * self.eps[k]
+
+    def denoised(self, k: int, x: Tensor | None = None) -> Tensor:
+        """E[x_0|x_t] of the k-th level as the model has it, (n, *event)."""
+        return self.at_time(self.state(k) if x is None else x, float(self.times[k]))
+
+    def _of(self, kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of that kind of prediction, a output + b x."""
+        return express(kind_of(kind, self.sde, t), kind_of(self.model.predicts, self.model.sde, t), *self.at(t))
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma)."""
+        return self.sde.alpha(t), self.sde.sigma(t)
+
+    def loss(self, x_0: Tensor, k: int, x0: Tensor | None = None) -> Tensor:
+        """|x_0 - data|^2 a number in units of the trivial denoiser's, (n,) in float64."""
+        off = (x_0 - (self.x0 if x0 is None else x0)[: len(x_0)]).double().flatten(1)
+        return off.square().mean(1) / float(self.trivial[k])
+
+
+def own_clock(model: Any, t: Tensor) -> Tensor:
+    """What the model's network is told of t, () or (1, ...): t itself where there is no clock."""
+    time = getattr(model, "_time", None)
+    return t if time is None else time(t.reshape(1).clone())
+
+
+def told(model: Any, x: Tensor, clock: Tensor) -> Tensor:
+    """What the model says at x when its network is told this of the time: a number, or a tensor (1, ...)."""
+    if not hasattr(model, "clocks"):  # no network: t is all the clock that there is
+        out = model.output(x, clock.reshape(()))
+    elif clock.is_floating_point() and clock.numel() == 1:
+        out = model.output(x, clock, float(clock))
+    else:
+        out = model.output(x, clock, clock.reshape(1, *clock.shape[1:]).expand(len(x), *clock.shape[1:]).to(x.device))
+    return out.to(x.dtype)

@@ -1,0 +1,167 @@
+"""Whether a score is that of the data under its process, and if not, what it is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+from sdekit.evaluation.check.denoiser import ROUGH, conditions, consistency, loss, memory, residual, slopes
+from sdekit.evaluation.check.identify import Identified, identify
+from sdekit.evaluation.check.probe import Probe
+from sdekit.evaluation.check.readings import CLOCKS, OWN, SHIFTS, Reading
+from sdekit.evaluation.report import Figure, Line, Report, Verdict
+from sdekit.processes.counted import as_model
+from sdekit.processes.law import require_same
+from sdekit.processes.sde import SDE
+from sdekit.system import Score
+
+
+def check_score(
+    sde: SDE,
+    score: Score,
+    data: Tensor,
+    *,
+    samples: int = 128,
+    batch: int = 64,
+    seed: int = 0,
+    search: bool = True,
+) -> Report:
+    """Whether a model is a score of data (N, *event) under a process; where it is not, what it seems to be.
+
+    At ten noise levels r = sigma/alpha, from .01 to 10 times the data's spread s, ``samples`` of the data get noise,
+    and the model's denoiser D(x, t) = E[x_0|x_t = x] is held to what holds of every true one:
+
+    - it errs no more than the best that knows but mean and spread, |D - x_0|^2 <= s^2 r^2/(s^2 + r^2) a number;
+    - what is left, x_0 - D, is orthogonal to what the model says, and has no mean;
+    - its size is what D's own slope says: E|x_0 - D|^2 = (sigma^2/alpha) tr dD/dx  (Efron 2011, Meng et al. 2021);
+    - dD/dx is symmetric, as that of a gradient;
+    - E[D(x_s, s)|x_t] = D(x_t, t) for s < t (Tweedie at both levels; Daras et al. 2023, consistency);
+    - finite at both ends, the same twice, the same alone and in a batch.
+
+    ``search``: compare it with other readings of the same network: other predictions, their negatives and multiples,
+    other clocks (off by one, 1000 t, reversed, log-SNR, sigma, ...), processes, and data of another range, sign or
+    order of channels. What fits best is ``report.found``. Ten thousand samples' evaluations, some times that
+    where nothing fits; without, two thousand.
+    ``batch``: of a network call. Conditions are given as ever, ``score.given(labels)`` for the N samples of ``data``.
+    It runs on the device and in the dtype of ``data``.
+
+    Raises ValueError or TypeError for arguments that are no process, score or data, and for a score of another process;
+    what goes wrong in the model itself is a line that fails.
+    """
+    _checks.instance(sde)
+    data = _checks.state(data, "data").detach()
+    if len(data) < 2:
+        raise ValueError(f"data must be samples (N, *event) with N of at least 2, got {tuple(data.shape)}")
+    model = as_model(score, sde)
+    probe = Probe(sde, model, data, _checks.count(samples, "samples", minimum=16), seed, _checks.count(batch, "batch"))
+    require_same(model.sde, sde, probe.times)
+    settings = {
+        "process": type(sde).__name__, "predicts": model.predicts, "data": tuple(data.shape), "spread": probe.spread,
+        "levels": [float(f"{r:.4g}") for r in probe.r], "samples": samples, "seed": seed,
+    }  # fmt: skip
+    title = f"check_score: a model that predicts {model.predicts}, under {type(sde).__name__}"
+    try:
+        lines = _answers(probe)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        what = "look at what network(x, t) takes and returns: as_score(..., time=, output=), score.given(...)"
+        return Report(title, (Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what),), settings)
+    if any(line.verdict == "fail" for line in lines):
+        return Report(title, tuple(lines), settings)
+    denoised = [probe.denoised(k) for k in range(len(probe.r))]
+    losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
+    lines += [
+        loss(probe, losses),
+        memory(probe, losses),
+        *conditions(probe, losses),
+        *residual(probe, denoised),
+        *slopes(probe, denoised, seed),
+        consistency(probe, seed),
+    ]
+    found, curves = "", {"the model": (probe.r.tolist(), losses.mean(1).tolist())}
+    if search:
+        identified = identify(probe)
+        mean = next(line.verdict for line in lines if line.name == "mean")
+        line, found = _reading(identified, model.predicts, mean)
+        lines.append(line)
+        if found:
+            kept, r = identified.best.losses.mean(1), identified.probe.r
+            at = kept.isfinite()
+            curves["read otherwise"] = (r[at].tolist(), kept[at].tolist())
+    curves["trivial"] = (probe.r.tolist(), [1.0] * len(probe.r))
+    figure = Figure("Error of the denoiser", "sigma/alpha", "of the trivial denoiser's", curves, "xy")
+    return Report(title, tuple(lines), settings, (figure,), found)
+
+
+def _answers(probe: Probe) -> list[Line]:
+    """Finite at both ends, repeatable, and no sample of another."""
+    ends = []
+    for t in (probe.sde.t_min, probe.sde.T):
+        x = probe.state(0, t=t)[:16]
+        ends.append(bool(torch.isfinite(probe.at_time(x, t)).all()))
+    k = len(probe.r) // 2
+    x = probe.state(k)[:16]
+    t = float(probe.times[k])
+    out = probe.at_time(x, t)
+    finite = all(ends) and bool(torch.isfinite(out).all())
+    where = (
+        "" if finite else f" at t = {probe.sde.t_min:g}" * (not ends[0]) + f" at T = {probe.sde.T:g}" * (not ends[1])
+    )
+    lines = [
+        Line("finite", "pass" if finite else "fail", float(sum(ends)), f"{'finite' if finite else 'NaN or infinite'}"
+             f"{where or ' from t_min to T'}", "" if finite else "raise t_min or lower T, or look for a division by 0 "
+             "or an overflow of half precision in the network")
+    ]  # fmt: skip
+    size = float(out.double().square().mean().sqrt()) or 1.0
+    again = float((probe.at_time(x, t) - out).double().abs().max()) / size
+    lines.append(
+        Line("repeatable", "pass" if again < 1e-3 else "fail", again, f"two calls differ by {again:.2g}",
+             "" if again < 1e-3 else "the network draws random numbers: network.eval() turns dropout off")
+    )  # fmt: skip
+    alone = max(float((probe.at_time(x[i : i + 1], t, i) - out[i]).double().abs().max()) for i in (0, 5)) / size
+    near = alone < 1e-2
+    lines.append(
+        Line("alone", "pass" if near else "fail", alone, f"a sample alone and in a batch differ by {alone:.2g}",
+             "" if near else "samples of a batch see each other: network.eval() for batch norm; attention or a norm "
+             "over the batch axis is a defect of the network")
+    )  # fmt: skip
+    return lines
+
+
+def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
+    """Whether another reading fits better than the model's own; ``mean``: the verdict on the residual's."""
+    own, best = found.own, found.best
+    if mean != "pass" and (not found.accused or best.reading.clock in SHIFTS):  # rough weights err at every clock
+        text = f"no other reading explains it, loss {own.loss:.3g}, but what is left has a mean"
+        return Line("reading", mean, 1.0, text, ROUGH), ROUGH
+    if not found.accused:
+        text = f"of all readings its own fits best: {own.reading}, loss {own.loss:.3g}"
+        if found.fits(own):
+            return Line("reading", "pass", 1.0, text), ""
+        remedy = "no prediction, clock, process or scale explains it: train longer, or it is of other data"
+        return Line("reading", "warn", 1.0, text, remedy), ""
+    text = f"{best.reading}: loss {best.loss:.3g}, and {own.loss:.3g} as given"
+    others = [fit for fit in found.others if not torch.allclose(fit.losses, best.losses, rtol=1e-4, equal_nan=True)]
+    same = [str(fit.reading).removeprefix("it predicts ") for fit in others[:3]]
+    if same:
+        text += f" (these data cannot tell that from: {'; '.join(same)})"
+    if not found.fits(best):
+        text = f"nothing fits; nearest, {text}"
+    return Line("reading", "fail", own.loss / best.loss, text, _advice(best.reading, name)), str(best.reading)
+
+
+def _advice(reading: Reading, name: str) -> str:
+    """What to write instead."""
+    said = []
+    if reading.predicts != name:
+        said.append(f'predicts="{reading.predicts}"')
+    if reading.process is not None:
+        said.append(f"sde={reading.process.split(' (')[0]}")
+    if reading.clock != OWN:
+        said.append(f"time={SHIFTS[reading.clock][1] if reading.clock in SHIFTS else CLOCKS[reading.clock].code}")
+    text = f"as_score(network, {', '.join(said)})" if said else ""
+    if reading.factor != 1:
+        text += f"{', and ' if text else ''}multiply what the network returns by {reading.factor:.3g} (output=)"
+    if reading.transform is not None:
+        text += f"{', and ' if text else ''}bring the data to what it was trained on: {reading.transform.name}"
+    return text or "see what the network is given"
