@@ -10,7 +10,7 @@ from torch import Tensor
 from sdekit.processes.kinds import Kind, express, kind_of
 from sdekit.system import expand
 
-Law = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, alpha, sigma) -> the score, entry by entry
+Law = Callable[[Tensor, Any, Any], Tensor]  # (x, alpha, sigma) -> the score, entry by entry
 
 # One dimension: w N(-1, s^2) + (1 - w) N(1, s^2).
 _W, _S = 0.35, 0.35
@@ -19,7 +19,7 @@ MEAN = torch.tensor([1.0, -0.5, 0.3, 0.0, 0.7], dtype=torch.float64)
 STD = torch.tensor([0.1, 0.2, 0.4, 0.8, 1.6], dtype=torch.float64)
 
 
-def two_modes(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def two_modes(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
     """grad log of  w N(-alpha, v) + (1 - w) N(alpha, v),  v = alpha^2 s^2 + sigma^2, for every entry of x."""
     v = alpha**2 * _S**2 + sigma**2
     right = torch.sigmoid(2 * alpha * x / v + math.log((1 - _W) / _W))
@@ -39,7 +39,7 @@ def quantile(u: Tensor, alpha: float, sigma: float) -> Tensor:
     return (low + high) / 2
 
 
-def normals(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def normals(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
     """The score of N(MEAN, STD^2), for x (B, 5)."""
     return (alpha * MEAN - x) / (alpha**2 * STD**2 + sigma**2)
 
@@ -58,17 +58,20 @@ class Known:
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What it predicts."""
         self.asked += time.reshape(-1).tolist()
-        alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)
-        score = self.law(x, expand(alpha, x), expand(sigma, x))
-        if self.predicts == "score":
-            return score
-        said = Kind(torch.zeros_like(sigma), -1 / sigma)
-        a, b = (expand(y, x) for y in express(kind_of(self.predicts, self.sde, time), said, alpha, sigma))
-        return a * score + b * x
+        alpha, sigma, a, b = (expand(y, x) for y in self._numbers(time)) if ready is None else ready
+        score = self.law(x, alpha, sigma)
+        return score if self.predicts == "score" else a * score + b * x
 
-    def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:
-        """Nothing."""
-        return [None] * len(times)
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
+        """All that depends on time alone."""
+        numbers = self._numbers(torch.tensor(times, dtype=torch.float64))
+        return list(zip(*(y.tolist() for y in numbers), strict=True))
+
+    def _numbers(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma, and a and b of  prediction = a score + b x."""
+        alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)
+        said = Kind(torch.zeros_like(sigma), -1 / sigma)
+        return alpha, sigma, *express(kind_of(self.predicts, self.sde, time), said, alpha, sigma)
 
 
 class Impulses:
@@ -115,22 +118,23 @@ class Moments(NamedTuple):
         return (self.slope**2 + self.noise).sqrt()
 
 
-def propagate(run: Callable[[Tensor, Impulses], Tensor], start: Tensor, unit: Tensor) -> Moments:
-    """Exact moments of ``run(x, noise)``, (..., rows, *event), for x (rows, *event) from ``start`` + so many ``unit``.
+def propagate(run: Callable[[Tensor, Impulses], Tensor], start: Tensor, unit: Tensor, draws: int) -> Moments:
+    """Exact moments of ``run(x, noise)``, (..., rows, *event), for x (rows, *event) of ``start`` and so many ``unit``.
 
-    ``run`` is run twice, to know the number of its draws first.
+    ``draws``: rows for so many; where there are more draws it is run again.
     """
 
-    def rows(draws: int) -> tuple[Tensor, Impulses]:
+    def rows(draws: int) -> tuple[Tensor, int]:
         x = start.expand(3 + draws, *start.shape).clone()
         x[1] += unit
         x[2] += 2 * unit
         noise = Impulses(x.shape)
-        return run(x, noise), noise
+        return run(x, noise), noise.draws
 
-    at = -1 - start.ndim  # the axis of the rows
-    draws = rows(0)[1].draws
-    out = rows(draws)[0].movedim(at, 0)
-    mean, slope, noise = out[0], out[1] - out[0], (out[3:] - out[0]).square().sum(0)
+    out, made = rows(draws)
+    if made > draws:
+        out, _ = rows(made)
+    out = out.movedim(-1 - start.ndim, 0)
+    slope, noise = out[1] - out[0], (out[3:] - out[0]).square().sum(0)
     size = (slope**2 + noise).sqrt().clamp_min(1e-300)
-    return Moments(mean, slope, noise, float(((out[2] - 2 * out[1] + out[0]).abs() / size).max()))
+    return Moments(out[0], slope, noise, float(((out[2] - 2 * out[1] + out[0]).abs() / size).max()))

@@ -62,7 +62,7 @@ def simulate(sde: SDE, times: Tensor, shape: Sequence[int] | None) -> Simulated:
         return torch.stack(seen)
 
     zero, t = torch.zeros(event, dtype=torch.float64), grid[::every]
-    moments = propagate(run, zero, zero + 1)
+    moments = propagate(run, zero, zero + 1, len(grid) - 1)
     one = (-1, *(1,) * (moments.mean.ndim - 1))
     gain, std = (sde.alpha(t) / sde.alpha(t[0]))[1:].reshape(one), sde.sigma(t)
     own = torch.zeros_like(moments.mean)
