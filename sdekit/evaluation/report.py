@@ -1,11 +1,14 @@
 """What a check says: a line for everything that was looked at, with the number, the verdict and what to do."""
 
 import datetime
+import json
+import math
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy
 import torch
@@ -46,6 +49,30 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Section:
+    """What a page has of one check or comparison: a summary, lines, a table, figures and the settings, where given."""
+
+    title: str
+    summary: str = ""
+    ok: bool | None = None  # colours the summary
+    lines: tuple[Line, ...] = ()
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+    figures: tuple[Figure, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Saved(Protocol):
+    """What :func:`save` takes: a Report, or whatever else has these two."""
+
+    def json(self) -> dict[str, Any]:
+        """As JSON has it."""
+
+    def section(self) -> Section:
+        """As a page has it."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Lines, the settings that they were made with, and figures.
 
@@ -72,22 +99,31 @@ class Report:
         """How many lines have this verdict."""
         return sum(line.verdict == verdict for line in self.lines)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """ok or not, how many lines of each verdict, and what was identified."""
         counts = ", ".join(f"{self.count(v)} {v}" for v in VERDICTS)
-        head = [self.title, f"{'ok' if self.ok else 'NOT ok'}: {counts}"]
+        return f"{'ok' if self.ok else 'NOT ok'}: {counts}" + (f"; {self.found}" if self.found else "")
+
+    def __str__(self) -> str:
+        head = [self.title, self.summary]
         return "\n".join([*head, *(f"  {line}".replace("\n", "\n  ") for line in self.lines)])
 
     def json(self) -> dict[str, Any]:
-        """As JSON has it: title, ok, found, lines, settings (versions and date among them) and figures."""
-        return {
+        """As JSON has it: title, ok, found, lines, settings (versions and date too) and figures; None for NaN."""
+        known: dict[str, Any] = plain({
             "title": self.title,
             "ok": self.ok,
             "found": self.found,
             "lines": [vars(line) for line in self.lines],
             "settings": {**made_with(), **self.settings},
-            "figures": [{**vars(f), "curves": {k: [list(x), list(y)] for k, (x, y) in f.curves.items()}}
-                        for f in self.figures],
-        }  # fmt: skip
+            "figures": [vars(figure) for figure in self.figures],
+        })  # fmt: skip
+        return known
+
+    def section(self) -> Section:
+        """As a page has it."""
+        return Section(self.title, self.summary, self.ok, self.lines, figures=self.figures, settings=self.settings)
 
     def save(self, path: str | Path) -> None:
         """Write it: one self-contained page for .html (needs matplotlib), its numbers for .json.
@@ -97,17 +133,39 @@ class Report:
         save([self], path)
 
 
-def save(reports: Iterable[Report], path: str | Path) -> None:
-    """Write reports as one file: a page for .html, a list of :meth:`Report.json` (or the one) for .json."""
-    raise NotImplementedError
+def save(reports: Iterable[Saved], path: str | Path) -> None:
+    """Write reports as one file: a page for .html (needs matplotlib), for .json a list of their ``json()``, or the one.
+
+    Raises ValueError for another ending.
+    """
+    path, reports = Path(path), list(reports)
+    if path.suffix == ".html":
+        from sdekit.evaluation.page import page
+
+        text = page([report.section() for report in reports])
+    elif path.suffix == ".json":
+        made = [plain(report.json()) for report in reports]
+        text = json.dumps(made[0] if len(made) == 1 else made, indent=1, allow_nan=False)
+    else:
+        raise ValueError(f"path must end in .html or .json, got {path.name!r}")
+    path.write_text(text, encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """What JSON has words for: lists for sequences, None for numbers that are not finite, text for all others."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def made_with() -> dict[str, str]:
     """Versions, machine and date."""
-    from sdekit import __version__
-
     return {
-        "sdekit": __version__,
+        "sdekit": sys.modules["sdekit"].__version__,  # looked up, not imported: the package stands above its rooms
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),

@@ -113,7 +113,9 @@ def t_min(sde: SDE, data: Data, dtype: torch.dtype) -> Line:
         remedy = f"the process keeps sigma/alpha = {lowest:.2g} at t = 0: make it smaller, {most:.2g} or less"
     else:
         level = min(max(least, 0.2 * most, 2 * lowest), most)
-        remedy = f"set t_min = {float(sde.inverse_half_log_snr(-math.log(level))):.3g}, where sigma/alpha is {level:.2g}"
+        remedy = (
+            f"set t_min = {float(sde.inverse_half_log_snr(-math.log(level))):.3g}, where sigma/alpha is {level:.2g}"
+        )
     return Line("t_min", said, max(left, rounding), text, remedy)
 
 

@@ -120,7 +120,9 @@ def untouched(runs: list[Run]) -> Line:
     """The start is the caller's own."""
     bad = sum(run.touched for run in runs)
     text = "the x that it is given is changed in place" if bad else "the x that it is given stays what it was"
-    return Line("input", "fail" if bad else "pass", bad, text, "the first x is the user's: begin with a new tensor" * bool(bad))
+    return Line(
+        "input", "fail" if bad else "pass", bad, text, "the first x is the user's: begin with a new tensor" * bool(bad)
+    )
 
 
 def noise(runs: list[Run], sde: SDE, seed: int) -> Line:
@@ -154,7 +156,9 @@ def batch(rule: StepRule, sde: SDE, churns: list[float], seed: int) -> Line:
         for ids in ([2], [3, 0], [4, 3, 2, 1, 0]):
             off = max(off, float(((run(ids) - whole[ids]).abs() / whole.abs().max()).max()))
     text = "the same bits alone and in a batch" if off == 0 else f"alone and in a batch x differs by {off:.2g} of it"
-    remedy = "no mean or norm over the batch may decide a step, and noise comes from noise.normal()" if off > 1e-9 else ""
+    remedy = (
+        "no mean or norm over the batch may decide a step, and noise comes from noise.normal()" if off > 1e-9 else ""
+    )
     return Line("batch", "fail" if off > 1e-9 else "pass", off, text, remedy)
 
 

@@ -45,7 +45,9 @@ def simulate(sde: SDE, times: Tensor, shape: Sequence[int] | None) -> Simulated:
     every = min(math.ceil(float(way[-1]) / (_STEP * _SHOWN)), _MOST // _SHOWN)
     place = torch.linspace(0, float(way[-1]), every * _SHOWN + 1, dtype=torch.float64)
     i = torch.searchsorted(way, place).clamp(1, len(way) - 1)
-    grid = torch.lerp(times[i - 1], times[i], ((place - way[i - 1]) / (way[i] - way[i - 1])).nan_to_num(0.0).clamp(0, 1))
+    grid = torch.lerp(
+        times[i - 1], times[i], ((place - way[i - 1]) / (way[i] - way[i - 1])).nan_to_num(0.0).clamp(0, 1)
+    )
 
     def first(rows: int) -> AbstractContextManager[None]:
         return samples(torch.zeros(rows, dtype=torch.long), shape[0] if shape else rows)

@@ -18,7 +18,7 @@ def attempt(name: str, look: Callable[[], Line], remedy: str = "") -> Line:
 
 
 def verdict(number: float, warn: float, fail: float) -> Verdict:
-    """"fail" above ``fail`` and for NaN, "warn" above ``warn``."""
+    """A number above ``fail``, or NaN, fails; one above ``warn`` warns."""
     return "pass" if number <= warn else "warn" if number <= fail else "fail"
 
 

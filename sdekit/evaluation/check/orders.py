@@ -116,13 +116,17 @@ def bias(rule: StepRule, sde: SDE, churn: float, made: dict[str, Errors]) -> Lin
     """The law at each number of steps: it must become right, at the rate that is declared."""
     name, each = f"law at churn {churn:g}", max(1, rule.evaluations // 4)
     claim = rule.weak_order if churn or rule.noisy else rule.order
-    out = {n: law(rule, sde, n, churn) for n in sorted({max(4, n // each) for n in (NOISY_STEPS if rule.noisy else LAW_STEPS)})}
+    out = {
+        n: law(rule, sde, n, churn)
+        for n in sorted({max(4, n // each) for n in (NOISY_STEPS if rule.noisy else LAW_STEPS)})
+    }
     errors = made[name] = {n: e for n, (e, _) in out.items()}
-    *_, middle, last = errors
-    last_slope = slope(errors)
-    measured = max(last_slope, slope({n: errors[n] for n in (list(errors)[-3], last)}))
+    *_, early, _, last = errors
+    measured = max(slope(errors), slope({n: errors[n] for n in (early, last)}))
     error, bent = errors[last], max(b for _, b in out.values()) > 1e-6
-    text = f"mean and spread are off by {error:.2g} of the spread in {last} steps; order {measured:.2f}\n" + _errors(errors)
+    text = f"mean and spread are off by {error:.2g} of the spread in {last} steps; order {measured:.2f}\n" + _errors(
+        errors
+    )
     remedy = "noise of std nu sqrt(|h|) goes with a drift of -(g^2 + nu^2)/2 score, and a rule's own noise with its own"
     if bent:
         text = f"off by {error:.2g}, of {_SAMPLES} samples: the rule is not affine on Gaussian data\n" + _errors(errors)

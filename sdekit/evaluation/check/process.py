@@ -101,8 +101,9 @@ def _equation(sde: SDE, times: Tensor, data: ends.Data, figures: list[Figure]) -
 
 def _drawn(sde: SDE, times: Tensor) -> list[Figure]:
     t, alpha, sigma = (y[::8].tolist() for y in (times, sde.alpha(times), sde.sigma(times)))
+    wide = "xy" if max(sigma) > 3 else "x"
     lam = sde.half_log_snr(times)[::8].clamp(-20, 20).tolist()
     return [
-        Figure("Signal and noise", "t", "alpha, sigma", {"alpha": (t, alpha), "sigma": (t, sigma)}, "x"),
+        Figure("Signal and noise", "t", "alpha, sigma", {"alpha": (t, alpha), "sigma": (t, sigma)}, wide),
         Figure("Noise level", "t", "half log-SNR, log(alpha/sigma)", {"log(alpha/sigma)": (t, lam)}, "x"),
     ]

@@ -8,14 +8,16 @@ from sdekit import _checks
 from sdekit.evaluation.check import habits, orders
 from sdekit.evaluation.check.lines import attempt
 from sdekit.evaluation.report import Figure, Line, Report
-from sdekit.processes import RectifiedFlow, VPSDE
+from sdekit.processes import VPSDE, RectifiedFlow
 from sdekit.sampling.fixed import SAMPLERS, Sampler, as_sampler
 from sdekit.solvers.steppers import RULES, StepRule
 
 _CHURNS = (0.0, 0.5, 1.0)
 
 
-def check_rule(rule: str | StepRule | Sampler | Callable[..., Any], *, churn: float | None = None, seed: int = 0) -> Report:
+def check_rule(
+    rule: str | StepRule | Sampler | Callable[..., Any], *, churn: float | None = None, seed: int = 0
+) -> Report:
     """Look at a step rule, one's own above all, against closed forms: no network and no data are needed.
 
     ``rule``: a name in RULES or SAMPLERS, a step rule, a Sampler, or a plain function, which counts as a rule of one
@@ -23,15 +25,15 @@ def check_rule(rule: str | StepRule | Sampler | Callable[..., Any], *, churn: fl
     own too, of a rule that takes the system's; one with its own amount is looked at as it is. ``seed``: of the noise in
     the lines that draw some.
 
-    Lines: "runs", "evaluations", "times" (within each step), "every step" (moves x), "input" (stays), "noise" (as declared),
-    "batch" (sample i alone and in a batch); "order on VPSDE" and "order on RectifiedFlow", of a rule without noise of
-    its own: on the flow of a mixture of two Gaussians in one dimension, exact by its quantiles, 20 to 320 steps, and
-    0.25 too few fails; "predictions" (the same for a network that predicts score, eps, x0, v or flow), "float32";
-    "law at churn c": mean and spread on Gaussian data in 10 to 320 or 640 steps, exactly, by the response to every noise: off
-    by more than 15 % at the end, is slow, and an order 0.5 below the declared one fails, unless a rule with noise of its own
-    levels off at 3 % of the spread; and "few steps": one, two and three, of at most 20 times the error of Euler or
-    DDIM, whichever is larger. A rule that never evaluates a network has the lines from "runs" to "batch" alone. What raises is a line that
-    fails, with the message.
+    Lines: "runs", "evaluations", "times" (within each step), "every step" (moves x), "input" (stays what it was),
+    "batch" (sample i, alone and in a batch), "noise" (drawn where it is declared). Of a rule without noise of its own
+    "order on VPSDE" and "order on RectifiedFlow", on the flow of two Gaussians in one dimension, exact by its
+    quantiles, in 20 to 320 steps: 0.25 too few fails; and "predictions", the same of a network that predicts score,
+    eps, x0, v or flow. "float32". "law at churn c": mean and spread on Gaussian data in 10 to 320 steps (640 for a rule
+    with noise of its own), exactly, by the response to every noise: an order 0.5 too low fails, unless a rule with
+    noise of its own levels off within 3 % of the spread. "few steps": one, two and three, with at most 20 times the
+    error of Euler or DDIM, whichever is larger. A rule that asks no network has the lines to "batch" alone. What raises
+    is a line that fails, with the message.
 
     Raises ValueError or TypeError for what is no rule, and for a churn that the rule refuses.
     """
@@ -55,12 +57,13 @@ def check_rule(rule: str | StepRule | Sampler | Callable[..., Any], *, churn: fl
         "rule": name, **habits.declared(made), "churns": churns, "processes": "VPSDE, RectifiedFlow",
         "half log-SNR": list(orders.ENDS), "seed": seed,
     }  # fmt: skip
-    figures = tuple(
-        Figure(title, "steps", "error", {key: ([*e], [*e.values()]) for key, e in errors.items() if key.startswith(start)}, "xy")
-        for title, start in (("Distance to the exact flow", "flow"), ("Bias of mean and spread on Gaussian data", "law"))
-        if any(key.startswith(start) for key in errors)
-    )  # fmt: skip
-    return Report(f"check_rule: {name}", lines, settings, figures)
+    titles = {"flow": "Distance to the exact flow", "law": "Bias of mean and spread on Gaussian data"}
+    figures = []
+    for start, title in titles.items():
+        curves = {key: ([*map(float, e)], [*e.values()]) for key, e in errors.items() if key.startswith(start)}
+        if curves:
+            figures.append(Figure(title, "steps", "error, in units of the data's spread", curves, "xy"))
+    return Report(f"check_rule: {name}", lines, settings, tuple(figures))
 
 
 def _lines(rule: StepRule, churns: list[float], seed: int, errors: dict[str, orders.Errors]) -> Iterator[Line]:
