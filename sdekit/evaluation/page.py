@@ -42,10 +42,10 @@ _MARKED = 30  # points of a curve, at most, that are shown as points
 def page(sections: Sequence[Section], title: str = "") -> str:
     """The sections as one HTML document: style and figures are in it, nothing is fetched, all text is escaped.
 
-    ``title``: what the window says; the first section's unless given. Raises ImportError where matplotlib, which draws
-    the figures, is not installed.
+    ``title``: what the window says; that of the one section unless given. Raises ImportError without matplotlib, which
+    draws the figures.
     """
-    title = title or (sections[0].title if sections else "sdekit")
+    title = title or (sections[0].title if len(sections) == 1 else "sdekit: what was checked")
     body = "\n".join(_section(section, 1 if len(sections) == 1 else 2) for section in sections)
     head = "" if len(sections) == 1 else f"<h1>{escape(title)}</h1>\n"
     return (

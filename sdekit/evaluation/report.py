@@ -101,12 +101,12 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """ok or not, how many lines of each verdict, and what was identified."""
+        """How many lines of each verdict, and what was identified."""
         counts = ", ".join(f"{self.count(v)} {v}" for v in VERDICTS)
-        return f"{'ok' if self.ok else 'NOT ok'}: {counts}" + (f"; {self.found}" if self.found else "")
+        return f"{counts}; {self.found}" if self.found else counts
 
     def __str__(self) -> str:
-        head = [self.title, self.summary]
+        head = [self.title, f"{'ok' if self.ok else 'NOT ok'}: {self.summary}"]
         return "\n".join([*head, *(f"  {line}".replace("\n", "\n  ") for line in self.lines)])
 
     def json(self) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def noise_without_drift(system, x, t, s, noise, state):
     return x + (s - t) * drift + system.diffusion(t) * noise.increment(t, s), state
 
 
+def right_noise(system, x, t, s, noise, state):
+    """Euler-Maruyama in one line, which draws where there is nothing to draw too."""
+    return x + (s - t) * system.drift(x, t) + system.diffusion(t) * noise.increment(t, s), state
+
+
 def too_much_noise(system, x, t, s, noise, state):
     return x + (s - t) * system.drift(x, t) + 2**0.5 * system.diffusion(t) * noise.increment(t, s), state
 
@@ -141,6 +146,22 @@ def small_h_in_float32(system, x, t, s, noise, state):
     return (x + shift) - shift + (n_s.alpha - n_t.alpha) * x_0 + (n_s.sigma - n_t.sigma) * eps, state
 
 
+@step_rule(churn=0.0)
+def wild_at_first(system, x, t, s, noise, state):
+    """Of order one, and useless where steps are long."""
+    longer = 1 + 50 * (system.at(s, x).lam - system.at(t, x).lam) ** 2
+    return x + (s - t) * longer * system.drift(x, t), state
+
+
+@step_rule(noisy=True, churn=1.0)
+def too_much_of_its_own(system, x, t, s, noise, state):
+    """DDPM's ancestral step with a fifth more noise."""
+    n_t, n_s = system.at(t, x), system.at(s, x)
+    x_0, eps = system.predict(x, t)
+    r = n_t.alpha * n_s.sigma / (n_s.alpha * n_t.sigma)
+    return n_s.alpha * x_0 + n_s.sigma * r * eps + 1.2 * n_s.sigma * (1 - r**2) ** 0.5 * noise.normal(), state
+
+
 # name -> (rule, the line that finds it)
 PLANTED = {
     "6, a factor 2 in D2": (third_order_multistep(1.0), "order on VPSDE"),
@@ -155,6 +176,8 @@ PLANTED = {
     "15, outside the step": (beyond_the_step, "times"),
     "24, float32": (StepRule(small_h_in_float32, churn=0.0), "float32"),
     "26, two steps": (nothing_at_first, "runs"),
+    "few steps": (wild_at_first, "few steps"),
+    "own noise by a fifth": (too_much_of_its_own, "law at churn 0"),
     "in place": (in_place, "input"),
     "raises": (raises, "runs"),
     "Heun of one evaluation": (StepRule(RULES["heun"].step, 1, 2, weak_order=2), "evaluations"),

@@ -79,7 +79,7 @@ def prior(sde: SDE, data: Data, seed: int) -> Line:
     """Draws of the prior against N(m(T), sigma(T)^2), of white noise."""
     inner = sde.white
     event = (1,) if sde.centred or data.shape is None else data.shape[1:]
-    n = max(2, _DRAWS // math.prod(event)) if inner.centred else _DRAWS
+    n = max(2, _DRAWS // math.prod(event))
     with samples(torch.zeros(n, dtype=torch.long), data.shape[0] if data.shape else n):
         x = inner.prior_sample((n, *event), seed=seed, dtype=torch.float64)
         x = inner.centre(x, inner.T)
@@ -105,7 +105,7 @@ def t_min(sde: SDE, data: Data, dtype: torch.dtype) -> Line:
     said = max(verdict(left, *_LEFT), verdict(rounding, *_ROUNDING), key=("pass", "warn", "fail").index)
     if said == "pass":
         return Line("t_min", said, left, text)
-    least, most = unit * data.size / _ROUNDING[0], _LEFT[0] * data.spread  # levels sigma/alpha
+    least, most = 1.05 * unit * data.size / _ROUNDING[0], _LEFT[0] * data.spread  # levels sigma/alpha
     lowest = float((sde.sigma(0.0) / sde.alpha(0.0)).nan_to_num(0.0, math.inf))
     if least >= most:
         remedy = f"no t_min will do in this dtype for data of this size, {data.size:.2g}: keep x in float32"
@@ -125,12 +125,7 @@ def mismatch(sde: SDE, data: Data, seed: int) -> Line:
     if sde.root is not None:
         where = "; without L, for which give its inverse, and data or shape"
         if data.shape is not None and getattr(sde, "inverse", None) is not None:
-            values = data.values
-            if values is None:
-                like = torch.empty(1000, *data.shape[1:], dtype=torch.float64)
-                values = data.mean + data.std * Noise(like, seed, purpose="data").normal()
-            flat = sde.whiten(values).reshape(len(values), -1)
-            means, stds, where = flat.mean(0), flat.std(0, correction=0), ""
+            means, stds, where = *_whitened(sde, data, seed), ""
     r2 = float((sde.alpha(sde.T) / sde.sigma(sde.T)) ** 2)
     nats = float((r2 * (means**2 + stds**2) - torch.log1p(r2 * stds**2)).mean() / 2)
     total = f", {nats * math.prod(data.shape[1:]):.2g} an event" if data.shape is not None else ""
@@ -138,6 +133,16 @@ def mismatch(sde: SDE, data: Data, seed: int) -> Line:
     text = f"the data's law at T = {sde.T:g} is {nats:.2g} nats a dimension{total} from the prior{where}"
     remedy = "more noise at T (a larger T, beta_max or sigma_max), centred data, or start below T at the data's own law"
     return Line("prior mismatch", said, nats, text, "" if said == "pass" else remedy)
+
+
+def _whitened(sde: SDE, data: Data, seed: int) -> tuple[Tensor, Tensor]:
+    """Means and spreads of L^-1 x; of numbers instead of samples those of independent entries."""
+    if data.values is not None:
+        flat = sde.whiten(data.values).reshape(len(data.values), -1)
+        return flat.mean(0), flat.std(0, correction=0)
+    like = torch.empty(1000, *(data.shape or ())[1:], dtype=torch.float64)
+    z = sde.whiten(data.std * Noise(like, seed, purpose="data").normal()).reshape(len(like), -1)
+    return sde.whiten(data.mean * torch.ones_like(like[:1])).flatten(), z.square().mean(0).sqrt()
 
 
 def terminal(sde: SDE, data: Data) -> Line:

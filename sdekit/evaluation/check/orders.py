@@ -139,7 +139,8 @@ def bias(rule: StepRule, sde: SDE, churn: float, made: dict[str, Errors]) -> Lin
     else:
         said = "fail"
         if error <= _LEVEL:
-            remedy = f"weak_order = {claim} is declared, and {max(round(measured), 1)} is what it has"
+            what = "weak_order" if churn or rule.noisy else "order"
+            remedy = f"{what} = {claim} is declared, and {max(round(measured), 1)} is what it has"
     return Line(name, said, error, text, "" if said == "pass" else remedy)
 
 

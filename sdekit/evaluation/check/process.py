@@ -94,8 +94,10 @@ def _equation(sde: SDE, times: Tensor, data: ends.Data, figures: list[Figure]) -
     yield attempt("kernel mean", mean, "drift(x, t) and diffusion(t) must run; leave them out, and they are derived")
     for s in made:
         yield attempt("kernel spread", lambda s=s: kernel.kernel_spread(s))  # type: ignore[misc]
-        t, entry = s.t[1:].tolist(), s.moments.noise.reshape(len(s.t) - 1, -1)[:, 0]
-        curves = {"sigma": (t, s.std.flatten().tolist()), "simulated": (t, entry.sqrt().tolist())}
+        t, made_of = s.t[1:].tolist(), s.moments.noise.reshape(len(s.t) - 1, -1)[:, 0].sqrt().tolist()
+        fine = times[(times >= t[0]) & (times <= t[-1])][::16]
+        wanted = (sde.sigma(fine) ** 2 - (sde.alpha(fine) / sde.alpha(s.t[0]) * sde.sigma(s.t[0])) ** 2).sqrt()
+        curves = {"alpha, sigma": (fine.tolist(), wanted.tolist()), "drift, diffusion": (t, made_of)}
         figures.append(Figure("Spread from a point at t_min", "t", "standard deviation", curves, "xy"))
 
 
