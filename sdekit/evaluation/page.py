@@ -37,6 +37,7 @@ table.settings td:first-child { color: var(--soft); }
 """
 _COLOURS = "#1f5fa8", "#c2571a", "#2b8a57", "#7b4fa3", "#8a6d1f", "#b0326e", "#3a8f9e", "#6b7280"
 _MARKED = 30  # points of a curve, at most, that are shown as points
+_NAMED = 8  # and that a logarithmic axis is marked at
 
 
 def page(sections: Sequence[Section], title: str = "") -> str:
@@ -134,6 +135,10 @@ def draw(figure: Figure, form: str = "svg") -> bytes:
             axes.plot(x, y, style, label=name, marker=marker, markersize=3, linewidth=1.3, color=colour)
         if "x" in figure.log:
             axes.set_xscale("log", nonpositive="mask")
+            points = sorted({v for x, _ in figure.curves.values() for v in x})
+            if len(points) <= _NAMED:
+                axes.set_xticks(points, [f"{v:g}" for v in points])
+                axes.minorticks_off()
         if "y" in figure.log:
             axes.set_yscale("log", nonpositive="mask")
         axes.set(xlabel=figure.x, ylabel=figure.y)

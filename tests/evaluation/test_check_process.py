@@ -23,14 +23,34 @@ from sdekit import (
     SigmaTable,
 )
 from sdekit.evaluation.check import check_process
-from sdekit.evaluation.check.ends import Data, noise, t_min
+from sdekit.evaluation.check.ends import Data, noise, t_min, terminal
 from sdekit.evaluation.check.process import _lines
 from tests.conftest import PROCESSES
+
+
+class Cosine(SDE):
+    """The README's, stopped before its SNR is 0."""
+
+    T = 0.99
+
+    def alpha(self, t):
+        return torch.cos(torch.pi / 2 * t)
+
+    def sigma(self, t):
+        return torch.sin(torch.pi / 2 * t)
+
+
+class AsInTheReadme(Cosine):
+    """alpha(T) is 0 but for rounding."""
+
+    T = 1.0
+
 
 K = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
 Y = torch.tensor([1.0, -2.0])
 RIGHT = {
-    **{name: make for name, make in PROCESSES.items() if name not in ("heat_squared", "flow")},
+    **{name: make for name, make in PROCESSES.items() if name not in ("heat_squared", "flow", "cosine")},
+    "readme": AsInTheReadme,
     "rectified": lambda: RectifiedFlow(3.0),
     "cosine to 0": CosineVP,
     "betas": lambda: BetaTable(torch.linspace(1e-4, 0.02, 1000)),
@@ -60,18 +80,6 @@ def test_right_processes_are_not_accused(name):
     assert ("kernel spread" in {line.name for line in report.lines}) == (name != "poisson")
     assert len(report.figures) == 2 + (name != "poisson")
     assert all(math.isfinite(v) for f in report.figures for x, y in f.curves.values() for v in (*x, *y))
-
-
-class Cosine(SDE):
-    """The README's, to be got wrong."""
-
-    T = 0.99
-
-    def alpha(self, t):
-        return torch.cos(torch.pi / 2 * t)
-
-    def sigma(self, t):
-        return torch.sin(torch.pi / 2 * t)
 
 
 class ForgottenTwo(VESDE):
@@ -271,9 +279,11 @@ def test_the_t_min_that_is_advised_passes(sde, options):
 def test_where_no_t_min_will_do_it_says_so():
     assert "keep x in float32" in t_min(VPSDE(), Data.of(None, 0.0, 1.0, None), torch.bfloat16).remedy
     assert "keeps sigma/alpha = 0.01 at t = 0" in t_min(VESDE(), Data.of(None, 0.0, 0.01, None), torch.float32).remedy
-    line = check_process(RectifiedFlow())["terminal snr"]
-    assert (line.verdict, line.number) == ("pass", 0.0)
-    assert "must predict v, x0 or flow" in line.text
+    for sde in (RectifiedFlow(), AsInTheReadme()):
+        line = terminal(sde, Data.of(None, 0.0, 1.0, None))
+        assert line.verdict == "pass"
+        assert line.number < 1e-24
+        assert "must predict v, x0 or flow" in line.text
 
 
 def test_processes_with_noise_and_means_of_their_own():
@@ -302,6 +312,9 @@ def test_bad_input_is_named():
     for sde, words in ((VPSDE, "not its class"), (3, "must be a process"), (Geometric(), "has no alpha and sigma")):
         with pytest.raises(TypeError, match=words):
             check_process(sde)
+    alone = type("Alone", (), {"alpha": Cosine.alpha, "sigma": Cosine.sigma})()
+    with pytest.raises(TypeError, match="Alone has alpha and sigma alone: subclass sdekit.SDE"):
+        check_process(alone)
     for options, words in (
         ({"std": 0.0}, "std must be a finite number > 0"),
         ({"mean": math.nan}, "mean must be a finite number"),

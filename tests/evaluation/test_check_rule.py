@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import SAMPLERS, VPSDE, RectifiedFlow, Sampler, step_rule
+from sdekit import SAMPLERS, VPSDE, RectifiedFlow, Sampler, solve, step_rule
 from sdekit.evaluation.check import check_rule
-from sdekit.evaluation.check.exact import MEAN, STD, quantile
-from sdekit.evaluation.check.orders import ENDS, grid, law, order
+from sdekit.evaluation.check.exact import MEAN, STD, Known, normals, quantile
+from sdekit.evaluation.check.orders import ENDS, bias, grid, law, order
 from sdekit.evaluation.check.rule import _lines
 from sdekit.sampling.fixed import predictor_corrector
 from sdekit.solvers.steppers import RULES, StepRule, as_rule, ddim, edm, hamiltonian, langevin
@@ -19,6 +19,17 @@ from tests.evaluation import planted
 
 # Rows that are the same rule, at a churn that is looked at anyway, are one.
 ROWS = {**RULES, **{name: row for name, row in SAMPLERS.items() if row.rule not in RULES.values()}}
+
+RIGHT = [
+    planted.third_order_multistep(),
+    planted.second_order_multistep(),
+    planted.right_noise,
+    langevin(),
+    hamiltonian(),
+    ddim(0.5),
+    edm(churn=5.0),
+    predictor_corrector("ddim"),
+]
 
 
 def failing(report):
@@ -58,27 +69,18 @@ def test_a_planted_mistake_is_found_by_its_line(name):
 def test_a_report_of_a_planted_mistake():
     """PITFALL 11, as a user sees it: all is well but the laws under noise."""
     report = check_rule(planted.noise_without_drift)
+    assert report.title == "check_rule: noise_without_drift"
     assert not report.ok
     assert failing(report) == ["law at churn 0.5", "law at churn 1"]
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        planted.third_order_multistep(),
-        planted.second_order_multistep(),
-        planted.right_noise,
-        langevin(),
-        hamiltonian(),
-        ddim(0.5),
-        edm(churn=5.0),
-        predictor_corrector("ddim"),
-    ],
-)
+@pytest.mark.parametrize("rule", RIGHT)
 def test_right_rules_are_not_accused(rule):
     """The same as the planted ones, right; and rules of one's own settings, correctors by themselves among them."""
     report = check_rule(rule)
     assert report.count("pass") == len(report.lines), str(report)
+    if rule is RIGHT[0]:
+        assert report.title == "check_rule: third_order_multistep"
 
 
 def test_a_rule_that_takes_no_notice_of_churn_is_told_so():
@@ -151,9 +153,18 @@ def test_a_rule_that_is_not_affine_is_judged_by_samples():
         return StepRule(step, churn=0.0)
 
     assert "samples" not in check_rule(clipped(100.0))["law at churn 0"].text
-    line = check_rule(clipped(0.5))["law at churn 0"]
+    sde, made = VPSDE(), {}
+    line = bias(as_rule(clipped(0.5)), sde, 0.0, made)
     assert line.verdict == "fail"
     assert "of 4000 samples: the rule is not affine" in line.text
+    times = grid(sde, 40)
+    alpha, sigma = (y.tolist() for y in (sde.alpha(times), sde.sigma(times)))
+    z = torch.randn(40_000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = alpha[0] * MEAN + (alpha[0] ** 2 * STD**2 + sigma[0] ** 2).sqrt() * z
+    x = solve(sde.probability_flow(Known(normals, sde)), x, times, clipped(0.5)).x
+    std = (alpha[-1] ** 2 * STD**2 + sigma[-1] ** 2).sqrt()
+    off = ((x.mean(0) - alpha[-1] * MEAN) / std).square() + (x.std(0) / std - 1).square()
+    assert made["law at churn 0"][40] == pytest.approx(float(off.mean().sqrt()), rel=0.02)
 
 
 def test_an_amount_of_noise_may_be_asked_for():

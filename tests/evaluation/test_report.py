@@ -129,6 +129,7 @@ def test_figures_are_the_same_each_time_and_leave_matplotlib_alone():
     assert draw(FIGURES[1], "png").startswith(b"\x89PNG")
     assert dict(matplotlib.rcParams) == before
     svg = draw(FIGURES[0]).decode()
+    assert all(f"<!-- {x} -->" in svg for x in (1, 10, 100))  # a few numbers of steps are named
     assert svg.count("<!-- error -->") == svg.count("<!-- steps -->") == 1  # the axes' names
 
 

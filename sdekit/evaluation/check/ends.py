@@ -13,6 +13,7 @@ from sdekit.evaluation.report import Line
 from sdekit.noise import Noise
 from sdekit.processes.counted import samples
 from sdekit.processes.sde import SDE
+from sdekit.system import NOTHING
 
 _DRAWS = 20_000  # a mean or spread beyond 6 standard errors, 3 % of sigma: false alarms below 1e-8
 _LEFT = 0.05, 0.2  # noise at t_min, of the data's spread, from which on to warn and to fail
@@ -149,9 +150,9 @@ def terminal(sde: SDE, data: Data) -> Line:
     """Signal that is left at T, in the data's spread."""
     left = float(sde.alpha(sde.T) / sde.sigma(sde.T))
     ratio = (left * data.spread) ** 2
-    if left == 0:
+    if left < NOTHING:
         text = "alpha(T) = 0: networks must predict v, x0 or flow, since eps and score say nothing of x_0 there"
-        return Line("terminal snr", "pass", 0.0, text)
+        return Line("terminal snr", "pass", ratio, text)
     said = verdict(ratio, 1e-3, math.inf)
     text = f"alpha^2 s^2/sigma^2 at T is {ratio:.2g}, for data of spread s = {data.spread:.3g}"
     remedy = "networks see the data's mean at T, and a sampler starts without it (Lin et al. 2024): more noise at T"

@@ -32,13 +32,15 @@ def check_process(
     numbers, ``mean`` and ``std``, with ``shape`` (B, *event) for totals of an event. ``dtype``: of the states that will
     be sampled. ``seed``: of the draws of the prior, which alone are random.
 
-    Lines: "levels" (alpha and sigma finite, entry by entry), "jumps", "slope" (automatic differentiation against
-    differences), "snr" (falls with t), "diffusion" (g^2 >= 0), "kernel mean" and "kernel spread" (what the process's
-    own drift and diffusion make of a point at t_min, by Heun's method, against alpha and sigma; exact, by
-    the response to each noise: no false alarms, and errors of 2 % fail), "noise" (L of correlated noise, where the
-    event is known), "prior" (its draws), "t_min" (noise that is left there, and rounding), "prior mismatch" (the KL
-    divergence, in nats, from the law at T of Gaussian data of this mean m and spread s to the prior,
-    1/2 (alpha^2 (m^2 + s^2)/sigma^2 - log(1 + alpha^2 s^2/sigma^2)) for each entry) and "terminal snr".
+    Lines: "interval", "levels" (alpha and sigma finite, entry by entry), "jumps", "slope" (automatic differentiation
+    against differences), "snr" (falls with t), "diffusion" (g^2 >= 0), "kernel mean" and "kernel spread" (what the
+    process's own drift and diffusion make of a point at t_min, by Heun's method, against alpha and sigma; exact, by the
+    response to each noise: no false alarms, and 2 % off fails), "noise" (L of correlated noise, where the event is
+    known), "prior" (its draws: 6 standard errors off, 3 % of sigma, fail), "t_min" (noise that is left there warns from
+    5 % of the data's spread on, x's rounding from 2 % of that noise; with a t_min that would do), "prior mismatch" (the
+    KL divergence, in nats, from the law at T of Gaussian data of this mean m and spread s to the prior,
+    1/2 (alpha^2 (m^2 + s^2)/sigma^2 - log(1 + alpha^2 s^2/sigma^2)) for each entry: 0.001 a dimension warns, 0.05
+    fails) and "terminal snr" (alpha^2 s^2/sigma^2 at T, where 0.001 warns: Lin et al. 2024).
     Where no Brownian motion makes the process there are no lines on its equation and its draws. What raises is a line
     that fails, with the message.
 
@@ -46,6 +48,8 @@ def check_process(
     other arguments; a process that has another mean for each sample needs ``shape`` or ``data``.
     """
     _checks.instance(sde)
+    if not hasattr(sde, "half_log_snr"):
+        raise TypeError(f"{type(sde).__name__} has alpha and sigma alone: subclass sdekit.SDE, which derives the rest")
     known = ends.Data.of(data, mean, std, shape)
     _checks.floating(dtype)
     if known.shape is None and not sde.common(torch.zeros(1, 1)):
@@ -53,7 +57,7 @@ def check_process(
     figures: list[Figure] = []
     lines = tuple(_lines(sde, known, dtype, seed, figures))
     settings = {
-        "process": type(sde).__name__, "T": float(sde.T), "t_min": float(sde.t_min),
+        "process": type(sde).__name__, "T": sde.T, "t_min": sde.t_min,
         "mean of the data": float(known.mean.mean()), "spread of the data": known.spread,
         "event": None if known.shape is None else list(known.shape[1:]), "dtype": str(dtype), "seed": seed,
         "simulated": "by heun's method" if sde.diffuses else "no: no Brownian motion makes it",

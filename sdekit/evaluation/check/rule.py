@@ -42,7 +42,7 @@ def check_rule(
         name = rule
     else:
         row = as_sampler(rule)
-        name = getattr(getattr(rule, "step", rule), "__name__", type(rule).__name__)
+        name = _called(row.rule)
     made = row.rule
     churns = [0.0]
     if churn is not None:
@@ -64,6 +64,12 @@ def check_rule(
         if curves:
             figures.append(Figure(title, "steps", "error, in units of the data's spread", curves, "xy"))
     return Report(f"check_rule: {name}", lines, settings, tuple(figures))
+
+
+def _called(rule: StepRule) -> str:
+    """The function's name; of a ``step`` within a function that makes rules, that one's."""
+    outer, _, name = getattr(rule.step, "__qualname__", "rule").rpartition(".<locals>.")
+    return outer.rpartition(".")[2] if name == "step" and outer else name
 
 
 def _lines(rule: StepRule, churns: list[float], seed: int, errors: dict[str, orders.Errors]) -> Iterator[Line]:
