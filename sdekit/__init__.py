@@ -1,9 +1,10 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
 from sdekit import posterior
-from sdekit.evaluation.check import check_score
+from sdekit.evaluation.check import check_process, check_rule, check_score
 from sdekit.evaluation.compare import compare
 from sdekit.evaluation.comparison import Comparison
+from sdekit.evaluation.report import Report
 from sdekit.likelihood import (
     BitsPerDim,
     Likelihood,
@@ -78,6 +79,7 @@ __all__ = [
     "PointSet",
     "PoissonFlow",
     "RectifiedFlow",
+    "Report",
     "Reverse",
     "Sampler",
     "SigmaTable",
@@ -90,6 +92,8 @@ __all__ = [
     "as_score",
     "bits_per_dim",
     "calibrate",
+    "check_process",
+    "check_rule",
     "check_score",
     "compare",
     "decode",
