@@ -1,6 +1,7 @@
 """``sdekit check``, ``sdekit compare`` and ``sdekit calibrate``."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -147,7 +148,7 @@ def _features(options: argparse.Namespace) -> Extractor | None:
     return inception_extractor(options.features, options.device)
 
 
-def _save(reports: list[Saved], paths: list[Path]) -> None:
+def _save(reports: Sequence[Saved], paths: list[Path]) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(reports, path)
