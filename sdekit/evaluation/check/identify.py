@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdekit.evaluation.check.probe import LOWEST, Probe, own_clock
-from sdekit.evaluation.check.readings import CLOCKS, OWN, PROCESSES, SHIFTS, N, Reading, Transform, clock_of, transforms
+from sdekit.evaluation.check.probe import LOWEST, Probe, chance, flat, own_clock
+from sdekit.evaluation.check.readings import OWN, PROCESSES, Clock, Reading, Transform, clocks, shifts, transforms
 from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
+_KEPT = 2**26  # numbers of what the network said, to be read in other ways
+
 
 class Fit(NamedTuple):
-    """A reading with its losses, (levels, n) in units of the trivial denoiser's; NaN at levels that it has not."""
+    """A reading with its losses, (levels, data) in units of the trivial denoiser's; NaN at levels that it has not."""
 
     reading: Reading
     losses: Tensor
@@ -46,9 +48,12 @@ class Search:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self._said: dict[Any, Tensor | None] = {}
+        self._kept = 0
         self._processes: dict[str | None, SDE] = {None: probe.sde}
-        # a network that is told whole numbers is told none that it may not have: a table has an end
-        self._whole = not own_clock(probe.model, torch.tensor(probe.sde.T, dtype=torch.float64)).is_floating_point()
+        # A network that is told whole numbers may look them up in a table, and on a device to ask beyond its end is
+        # the end of the process.
+        ends = [own_clock(probe.model, torch.tensor(t, dtype=torch.float64)) for t in (probe.sde.t_min, probe.sde.T)]
+        self._last = None if ends[0].is_floating_point() else max(int(end.max()) for end in ends)
 
     def process(self, name: str | None) -> SDE:
         """The process of that name, made once."""
@@ -74,14 +79,14 @@ class Search:
         return [a for a in (self._ask(reading, k, n) for k in levels) if a is not None]
 
     def _losses(self, reading: Reading, asked: "list[_Asked]", n: int) -> Tensor:
-        losses = torch.full((len(self.probe.eps), n), math.nan, dtype=torch.float64)
+        probe, losses = self.probe, torch.full((len(self.probe.eps), n), math.nan, dtype=torch.float64)
         sde, stretch = self.process(reading.process), self._stretch(reading.transform)
         for k, out, x, x0, t in asked:
             a, b = express(Kind(1.0, 0.0), self._kind(reading, t), sde.alpha(t), sde.sigma(t))
-            x_0 = a.to(x) * reading.factor * out + b.to(x) * sde.centre(x, t)
-            error = (x_0 - x0).double().flatten(1).square().mean(1)
-            losses[k] = (error / (float(self.probe.trivial[k]) * stretch**2)).nan_to_num(1e9, 1e9).clamp_max(1e9)
-        return losses
+            x_0 = a.to(x) * reading.factor * out + b.to(x) * probe.centre(x, t, sde)
+            error = flat(x_0 - x0).square().mean(1) / (float(probe.trivial[k]) * stretch**2)
+            losses[k] = error.nan_to_num(1e9, 1e9).clamp_max(1e9)
+        return probe.fold(losses.mT).mT
 
     def _factor(self, reading: Reading, asked: "list[_Asked]") -> list[float]:
         """What the output is best multiplied by: of the regression of what it should be, all levels alike. None where
@@ -118,20 +123,24 @@ class Search:
         probe, sde = self.probe, self.process(reading.process)
         try:
             t = sde.inverse_half_log_snr(-math.log(float(probe.r[k]) * self._stretch(reading.transform)))
-            clock = clock_of(reading.clock, probe.model, sde, t)
+            clock = reading.clock.at(probe.model, sde, t)
         except ValueError:
             return None
-        if self._whole and clock.is_floating_point():
-            clock = clock.round().long().clamp(0, N - 1)
+        if self._last is not None:
+            clock = clock.round().long().clamp(0, self._last)
         x0 = probe.x0[:n] if reading.transform is None else reading.transform.forward(probe.x0[:n])
-        x = sde.perturb(x0, t, noise=probe.eps[k][:n])
+        x = probe.state(k, sde, x0, float(t))
         told = tuple(round(float(c), 9) for c in clock.reshape(-1))
         name = None if reading.transform is None else reading.transform.name
         key = (n, k, told, name, round(float(sde.alpha(t)), 6))
         if key not in self._said:
+            self._kept += x.numel()
+            if self._kept > _KEPT:
+                self._said.clear()
+                self._kept = x.numel()
             try:
                 self._said[key] = probe.ask(x, clock)
-            except (ValueError, IndexError, RuntimeError, TypeError):  # it takes no such clock
+            except Exception:  # it takes no such clock, and who knows how it says so
                 self._said[key] = None
         out = self._said[key]
         return None if out is None else _Asked(k, out, x, x0, t)
@@ -167,11 +176,12 @@ def identify(probe: Probe) -> Identified:
     """Which reading of the model fits: all on the data as they are, its own on other data; if none does, all on all."""
     search, own = Search(probe), Reading(probe.model.predicts)
     every, n = range(len(probe.eps)), len(probe.x0)
-    plain = getattr(probe.sde, "root", None) is None and probe.sde.centred and probe.sde.diffuses
-    ways: list[tuple[str | None, str]] = [(None, clock) for clock in (OWN, *SHIFTS, *CLOCKS)]
-    ways += [(process, clock) for process in PROCESSES for clock in CLOCKS] if plain else []
+    near_by = shifts(probe.sde)
+    ways: list[tuple[str | None, Clock]] = [(None, clock) for clock in (OWN, *near_by, *clocks(probe.sde))]
+    if probe.sde.root is None and probe.sde.centred and probe.sde.diffuses:
+        ways += [(name, clock) for name in PROCESSES for clock in clocks(search.process(name))]
     mine = search.fits([own], every, n)[0]
-    sure = [mine, *search.fits([replace(own, clock=clock) for clock in SHIFTS], every, n)]
+    sure = [mine, *search.fits([replace(own, clock=clock) for clock in near_by], every, n)]
 
     def look(changes: Sequence[Transform | None], ways: list[Any], levels: Sequence[int], few: int) -> None:
         found = [
@@ -203,9 +213,9 @@ def identify(probe: Probe) -> Identified:
 
 def _near(probe: Probe, own: Reading) -> Identified:
     """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t."""
-    low = probe.below(8 * LOWEST)
+    low = probe.below(8 * LOWEST) if float(probe.r[0]) < 4 * LOWEST * probe.spread else probe
     search, every = Search(low), range(len(low.eps))
-    mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in SHIFTS)], every, len(low.x0))
+    mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in shifts(low.sde))], every, len(low.x0))
     best = min(others, key=lambda fit: fit.loss)
     return Identified(best, [], mine, low)
 
@@ -231,4 +241,4 @@ def better(a: Fit, b: Fit, sigmas: float = 6.0, gain: float = 1e-3) -> bool:
     the difference, relative to b's loss at each level, and by more than ``gain``.
     """
     off = ((b.losses - a.losses) / b.losses.mean(1, keepdim=True)).nanmean(0)
-    return bool(off.mean() > gain and off.mean() > sigmas * off.std() / len(off) ** 0.5)
+    return bool(off.mean() > gain and off.mean() > chance(off, sigmas))
