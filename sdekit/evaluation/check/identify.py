@@ -18,7 +18,7 @@ from sdekit.evaluation.check.readings import OWN, PROCESSES, Clock, Reading, Tra
 from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
-_KEPT = 2**26  # numbers of what the network said, to be read in other ways
+_KEPT = 2**28  # numbers of what the network said, to be read in other ways
 
 
 class Fit(NamedTuple):
@@ -35,8 +35,13 @@ class Fit(NamedTuple):
     @property
     def loss(self) -> float:
         """The geometric mean over levels."""
-        levels = self.losses.nanmean(1)
-        return float(levels[levels.isfinite()].clamp_min(1e-12).log().mean().exp())
+        return self.beside(self)
+
+    def beside(self, own: "Fit") -> float:
+        """The same over the levels of another, whose losses count where this has none: few levels may be easy ones."""
+        mine, theirs = self.losses.mean(1), own.losses.mean(1)
+        levels = torch.where(mine.isfinite(), mine, theirs)
+        return float(levels[theirs.isfinite()].clamp_min(1e-12).log().mean().exp())
 
 
 class Search:
@@ -184,21 +189,21 @@ def identify(probe: Probe) -> Identified:
     sure = [mine, *search.fits([replace(own, clock=clock) for clock in near_by], every, n)]
 
     def look(changes: Sequence[Transform | None], ways: list[Any], levels: Sequence[int], few: int) -> None:
-        found = [
-            fit
-            for transform in changes
-            for process, clock in ways
-            for fit in search.free(Reading(own.predicts, 1.0, clock, process, transform), levels, min(n, few))
-            if fit.levels > 0.7 * len(levels)
-        ]
-        found.sort(key=lambda fit: fit.loss)
-        near = [fit.reading for fit in found[:12] if fit.loss < 1.5 * found[0].loss]
+        here = search.fits([own], levels, min(n, few))[0]
+        found = []  # of each way to ask its best few, by loss: what else is made of the same answers costs nothing
+        for transform in changes:
+            for process, clock in ways:
+                free = search.free(Reading(own.predicts, 1.0, clock, process, transform), levels, min(n, few))
+                some = [(fit.beside(here), fit.reading) for fit in free if fit.levels > 0.7 * len(levels)]
+                found.append(sorted(some, key=lambda one: one[0])[:5])
+        found = sorted(filter(None, found), key=lambda some: some[0][0])[:8]
+        near = [reading for some in found for loss, reading in some if loss < 1.5 * found[0][0][0]]
         sure.extend(search.fits([reading for reading in near if reading != own], every, n))
 
     def judged() -> Identified:
-        best = min(sure, key=lambda fit: fit.loss)
+        best = min(sure, key=lambda fit: fit.beside(mine))
         ties = [fit for fit in sure if not better(best, fit)]
-        ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.loss))
+        ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.beside(mine)))
         return Identified(ties[0], ties[1:], mine, probe)
 
     changes = transforms(probe.x0)

@@ -155,14 +155,15 @@ def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
             return Line("reading", "pass", 1.0, text), ""
         remedy = "no prediction, clock, process or scale explains it: train longer, or it is of other data"
         return Line("reading", "warn", 1.0, text, remedy), ""
-    text = f"{best.reading}: loss {best.loss:.3g}, and {own.loss:.3g} as given"
+    left = best.beside(own)
+    text = f"{best.reading}: loss {left:.3g}, and {own.loss:.3g} as given"
     others = [fit for fit in found.others if not torch.allclose(fit.losses, best.losses, rtol=1e-4, equal_nan=True)]
     same = [str(fit.reading).removeprefix("it predicts ") for fit in others[:3]]
     if same:
         text += f" (these data cannot tell that from: {'; '.join(same)})"
     if not found.fits(best):
         text = f"nothing fits; nearest, {text}"
-    return Line("reading", "fail", own.loss / best.loss, text, _advice(best.reading, name)), str(best.reading)
+    return Line("reading", "fail", own.loss / left, text, _advice(best.reading, name)), str(best.reading)
 
 
 def _advice(reading: Reading, name: str) -> str:
