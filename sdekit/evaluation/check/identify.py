@@ -18,6 +18,7 @@ from sdekit.evaluation.check.readings import OWN, PROCESSES, Clock, Reading, Tra
 from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
+_NUMBERS, _MOST = 2**16, 4096  # that it takes to tell clocks a step apart, and samples for it at most
 _KEPT = 2**28  # numbers of what the network said, to be read in other ways
 
 
@@ -35,13 +36,21 @@ class Fit(NamedTuple):
     @property
     def loss(self) -> float:
         """The geometric mean over levels."""
-        return self.beside(self)
+        losses = self.losses.mean(1)
+        return _mean(losses[losses.isfinite()]) if self.levels else math.inf
 
     def beside(self, own: "Fit") -> float:
-        """The same over the levels of another, whose losses count where this has none: few levels may be easy ones."""
+        """The same over all levels; where it has none the loss of another, or the trivial: few may be the easy ones."""
         mine, theirs = self.losses.mean(1), own.losses.mean(1)
-        levels = torch.where(mine.isfinite(), mine, theirs)
-        return float(levels[theirs.isfinite()].clamp_min(1e-12).log().mean().exp())
+        return _mean(torch.where(mine.isfinite(), mine, theirs.nan_to_num(1.0)))
+
+    def at(self, levels: Sequence[int]) -> "Fit":
+        """Of these levels alone."""
+        return self._replace(losses=self.losses[list(levels)])
+
+
+def _mean(losses: Tensor) -> float:
+    return float(losses.clamp_min(1e-12).log().mean().exp())
 
 
 class Search:
@@ -170,7 +179,7 @@ class Identified(NamedTuple):
     @property
     def accused(self) -> bool:
         """Whether another reading than the model's own fits, beyond chance."""
-        return better(self.best, self.own)
+        return better(self.best, self.own) if self.own.levels else self.fits(self.best)
 
     def fits(self, fit: Fit) -> bool:
         """Whether a reading is as it should be: at no level worse than the trivial denoiser."""
@@ -189,12 +198,12 @@ def identify(probe: Probe) -> Identified:
     sure = [mine, *search.fits([replace(own, clock=clock) for clock in near_by], every, n)]
 
     def look(changes: Sequence[Transform | None], ways: list[Any], levels: Sequence[int], few: int) -> None:
-        here = search.fits([own], levels, min(n, few))[0]
+        here = search.fits([own], levels, min(n, few))[0].at(levels)
         found = []  # of each way to ask its best few, by loss: what else is made of the same answers costs nothing
         for transform in changes:
             for process, clock in ways:
                 free = search.free(Reading(own.predicts, 1.0, clock, process, transform), levels, min(n, few))
-                some = [(fit.beside(here), fit.reading) for fit in free if fit.levels > 0.7 * len(levels)]
+                some = [(fit.at(levels).beside(here), fit.reading) for fit in free if fit.levels > 0.7 * len(levels)]
                 found.append(sorted(some, key=lambda one: one[0])[:5])
         found = sorted(filter(None, found), key=lambda some: some[0][0])[:8]
         near = [reading for some in found for loss, reading in some if loss < 1.5 * found[0][0][0]]
@@ -202,7 +211,7 @@ def identify(probe: Probe) -> Identified:
 
     def judged() -> Identified:
         best = min(sure, key=lambda fit: fit.beside(mine))
-        ties = [fit for fit in sure if not better(best, fit)]
+        ties = [fit for fit in sure if fit.levels and not better(best, fit)] or [best]
         ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.beside(mine)))
         return Identified(ties[0], ties[1:], mine, probe)
 
@@ -212,14 +221,19 @@ def identify(probe: Probe) -> Identified:
     if not fits(judged().best, probe):
         look(changes, ways, every[::4], 8)
     found = judged()
-    near = _near(probe, own) if found.best is mine else found
+    near = _near(probe, mine) if found.best is mine else found
     return near if near.accused else found
 
 
-def _near(probe: Probe, own: Reading) -> Identified:
-    """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t."""
-    low = probe.below(8 * LOWEST) if float(probe.r[0]) < 4 * LOWEST * probe.spread else probe
-    search, every = Search(low), range(len(low.eps))
+def _near(probe: Probe, mine: Fit) -> Identified:
+    """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t.
+
+    It takes some tens of thousands of numbers to show at all.
+    """
+    if float(probe.r[0]) > 2 * LOWEST * probe.spread:  # there are no such levels
+        return Identified(mine, [], mine, probe)
+    low = probe.below(4 * LOWEST, levels=4, least=min(_MOST, _NUMBERS // probe.x0[0].numel()))
+    own, search, every = mine.reading, Search(low), range(len(low.eps))
     mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in shifts(low.sde))], every, len(low.x0))
     best = min(others, key=lambda fit: fit.loss)
     return Identified(best, [], mine, low)

@@ -67,36 +67,43 @@ def check_score(
         "levels": [float(f"{r:.4g}") for r in probe.r], "samples": samples, "seed": seed,
     }  # fmt: skip
     title = f"check_score: a model that predicts {model.predicts}, under {type(sde).__name__}"
+    denoised: list[Tensor] = []
     try:
         lines = _answers(probe)
-        if any(line.verdict == "fail" for line in lines):
-            return Report(title, tuple(lines), settings)
-        denoised = [probe.denoised(k) for k in range(len(probe.r))]
+        if all(line.verdict != "fail" for line in lines):
+            denoised = [probe.denoised(k) for k in range(len(probe.r))]
     except Exception as error:  # of the user's network, whatever it be
         what = "look at what network(x, t) takes and returns: as_score(..., time=, output=), score.given(...)"
-        return Report(title, (Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what),), settings)
-    losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
-    lines += [
-        loss(probe, losses),
-        memory(probe, losses),
-        *conditions(probe, denoised, losses),
-        *residual(probe, denoised),
-        *slopes(probe, denoised, seed),
-        consistency(probe, seed),
-    ]
-    found, curves = "", {"the model": (probe.r.tolist(), losses.mean(1).tolist())}
-    if search:
+        lines = [Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what)]
+    figures, found = [], ""
+    if denoised:
+        losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
+        lines += [
+            loss(probe, losses),
+            memory(probe, losses),
+            *conditions(probe, denoised, losses),
+            *residual(probe, denoised),
+            *slopes(probe, denoised, seed),
+            consistency(probe, seed),
+        ]
+        figures.append(
+            _figure({"the model": (probe.r, losses.mean(1)), "trivial": (probe.r, torch.ones(len(probe.r)))})
+        )
+    if search and all(line.verdict != "fail" for line in lines if line.name in ("repeatable", "alone")):
         identified = identify(probe)
-        mean = next(line.verdict for line in lines if line.name == "mean")
+        mean: Verdict = next((line.verdict for line in lines if line.name == "mean"), "pass")
         line, found = _reading(identified, model.predicts, mean)
         lines.append(line)
-        if found:
-            kept, r = identified.best.losses.mean(1), identified.probe.r
-            at = kept.isfinite()
-            curves["read otherwise"] = (r[at].tolist(), kept[at].tolist())
-    curves["trivial"] = (probe.r.tolist(), [1.0] * len(probe.r))
-    figure = Figure("Error of the denoiser", "sigma/alpha", "of the trivial denoiser's", curves, "xy")
-    return Report(title, tuple(lines), settings, (figure,), found)
+        if identified.accused:
+            r = identified.probe.r
+            both = {"as given": identified.own, "read otherwise": identified.best}
+            figures.append(_figure({name: (r, fit.losses.mean(1)) for name, fit in both.items()}))
+    return Report(title, tuple(lines), settings, tuple(figures), found)
+
+
+def _figure(curves: dict[str, tuple[Tensor, Tensor]]) -> Figure:
+    known = {name: (r[y.isfinite()].tolist(), y[y.isfinite()].tolist()) for name, (r, y) in curves.items()}
+    return Figure("Error of the denoiser", "sigma/alpha", "of the trivial denoiser's", known, "xy")
 
 
 def _answers(probe: Probe) -> list[Line]:
