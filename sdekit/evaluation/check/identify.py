@@ -8,6 +8,7 @@ hard the sample is) drops out, and mistakes of a thousandth show.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class Search:
         self._said: dict[Any, Tensor | None] = {}
         self._kept = 0
         self._processes: dict[str | None, SDE] = {None: probe.sde}
+        self._time, self._kind = cache(self._time_of), cache(self._kind_of)
         # A network that is told whole numbers may look them up in a table, and on a device to ask beyond its end is
         # the end of the process.
         ends = [own_clock(probe.model, torch.tensor(t, dtype=torch.float64)) for t in (probe.sde.t_min, probe.sde.T)]
@@ -96,7 +98,7 @@ class Search:
         probe, losses = self.probe, torch.full((len(self.probe.eps), n), math.nan, dtype=torch.float64)
         sde, stretch = self.process(reading.process), self._stretch(reading.transform)
         for k, out, x, x0, t in asked:
-            a, b = express(Kind(1.0, 0.0), self._kind(reading, t), sde.alpha(t), sde.sigma(t))
+            a, b = express(Kind(1.0, 0.0), self._kind(reading.predicts, reading.process, float(t)), *probe.at(t, sde))
             x_0 = a.to(x) * reading.factor * out + b.to(x) * probe.centre(x, t, sde)
             error = flat(x_0 - x0).square().mean(1) / (float(probe.trivial[k]) * stretch**2)
             losses[k] = error.nan_to_num(1e9, 1e9).clamp_max(1e9)
@@ -108,7 +110,7 @@ class Search:
         """
         products = squares = 0.0
         for k, out, _, x0, t in asked:
-            m, n = self._kind(reading, t)
+            m, n = self._kind(reading.predicts, reading.process, float(t))
             target = (m.to(x0) * x0 + n.to(x0) * self.probe.eps[k][: len(x0)]).double()
             unit = float(target.square().mean())
             products += float((out * target).mean()) / unit
@@ -121,8 +123,12 @@ class Search:
             *(y for y in (float(f"{best:.0e}"), 1 / float(f"{1 / best:.0e}")) if abs(y / best - 1) < 0.1),
         ]
 
-    def _kind(self, reading: Reading, t: Tensor) -> Kind:
-        return kind_of(reading.predicts, self.process(reading.process), t)
+    def _kind_of(self, predicts: str, process: str | None, t: float) -> Kind:
+        return kind_of(predicts, self.process(process), torch.tensor(t, dtype=torch.float64))
+
+    def _time_of(self, process: str | None, k: int, stretch: float) -> Tensor:
+        """Where that process has the probe's level, of data so much wider. ValueError where it has not."""
+        return self.process(process).inverse_half_log_snr(-math.log(float(self.probe.r[k]) * stretch))
 
     def _stretch(self, transform: Transform | None) -> float:
         """How much wider the transformed data are: their levels are wider by as much, so that losses compare."""
@@ -136,7 +142,7 @@ class Search:
         """None where the reading's process has not got the level, or the network does not take the clock."""
         probe, sde = self.probe, self.process(reading.process)
         try:
-            t = sde.inverse_half_log_snr(-math.log(float(probe.r[k]) * self._stretch(reading.transform)))
+            t = self._time(reading.process, k, self._stretch(reading.transform))
             clock = reading.clock.at(probe.model, sde, t)
         except ValueError:
             return None

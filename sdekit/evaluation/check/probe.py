@@ -121,9 +121,9 @@ class Probe:
         """(a, b) of that kind of prediction, a output + b x."""
         return express(kind_of(kind, self.sde, t), kind_of(self.model.predicts, self.model.sde, t), *self.at(t))
 
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, t: Tensor, sde: SDE | None = None) -> tuple[Tensor, Tensor]:
         """(alpha, sigma)."""
-        return self.sde.alpha(t), self.sde.sigma(t)
+        return (sde or self.sde).alpha(t), (sde or self.sde).sigma(t)
 
     def loss(self, x_0: Tensor, k: int) -> Tensor:
         """|x_0 - data|^2 a number in units of the trivial denoiser's, float64, on the CPU, for each of the data."""

@@ -92,8 +92,9 @@ def check_score(
     if search and all(line.verdict != "fail" for line in lines if line.name in ("repeatable", "alone")):
         identified = identify(probe)
         mean: Verdict = next((line.verdict for line in lines if line.name == "mean"), "pass")
-        line, found = _reading(identified, model.predicts, mean)
-        lines.append(line)
+        if identified.best.levels:  # else nobody got an answer, as the first line says
+            line, found = _reading(identified, model.predicts, mean)
+            lines.append(line)
         if identified.accused:
             r = identified.probe.r
             both = {"as given": identified.own, "read otherwise": identified.best}
