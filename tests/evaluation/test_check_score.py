@@ -282,7 +282,7 @@ def test_dropout_is_named():
 
 def test_rough_weights_are_named():
     """No reading explains a mean that is left."""
-    rough = as_score(lambda x, t: says(VP, "x0")(x, t) + 0.3 * VP.sigma(t)[:, None] ** 4, VP, "x0")
+    rough = as_score(lambda x, t: says(VP, "x0")(x, t) + 0.3 * VP.sigma(t)[:, None] ** 20, VP, "x0")
     report = check_score(VP, rough, data())
     assert "mean" in failed(report)
     assert "EMA" in report.found
@@ -316,17 +316,17 @@ class Network(nn.Module):
 def test_the_same_seed_is_the_same_report_and_nothing_else_changes():
     network = Network().train()
     first, again, other = (
-        check_score(VP, as_score(network, VP, "v"), data(n=100), search=seed == 0, seed=seed) for seed in (0, 0, 1)
+        check_score(VP, as_score(network, VP, "v"), data(n=100), search=False, seed=seed) for seed in (0, 0, 1)
     )
     assert network.training
     assert network.one.grad is None
     assert first.json() == again.json()
     assert first["loss"].number != other["loss"].number
     with torch.inference_mode():
-        inside = check_score(VP, as_score(network, VP, "v"), data(), search=False)
-    assert inside["symmetric"].number == first["symmetric"].number
+        inside = check_score(VP, as_score(network, VP, "v"), data(n=100), search=False)
     with torch.no_grad():
-        assert check_score(VP, as_score(network, VP, "v"), data(), search=False).lines == inside.lines
+        without = check_score(VP, as_score(network, VP, "v"), data(n=100), search=False)
+    assert inside.lines == without.lines == first.lines
     assert check_score(VP, as_score(network.bfloat16(), VP, "v"), data(), search=False).ok
 
 
