@@ -147,7 +147,7 @@ def test_both_senses_are_one_solution_on_one_path(churn):
             return torch.zeros_like(x)
 
     fp, grid = truth(DoubleWell), torch.linspace(2.0, 0.01, 257)
-    x_T = fp.draws(2.0, 500, 1)
+    x_T = fp.draws(2.0, 250, 1)
     path = BrownianPath(x_T, 2, start=0.01, end=2.0)
 
     def end(process, method, sense):
@@ -372,10 +372,10 @@ def test_the_reverse_sde_under_a_matrix(closed):
     grid = torch.linspace(1.0, 0.02, 101)
     wanted_mean, wanted = gaussian(0.02)
     for method, churn, sense in (
-        ("torchsde:euler", 1.0, "ito"),
         ("torchsde:heun", 1.0, "stratonovich"),
+        ("torchsde:euler", 1.0, "ito"),
         ("torchsde:heun", 0.6, "stratonovich"),
-    ):
+    )[: None if closed else 1]:  # by differentiation it is the same, sample by sample (below), and slow
         noise = Noise(x_T.new_empty(n, 3), 2)
         y = process.flat(
             solve(process.reverse(bent_score(process), churn, sense=sense), x_T, grid, method, noise=noise).x
