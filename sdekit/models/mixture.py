@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.models.derived import Under
 from sdekit.noise.keyed import Noise
 from sdekit.processes.law import require_white
 from sdekit.processes.sde import SDE
@@ -208,6 +209,10 @@ class MixtureScore:
         """alpha and sigma at the times, by one call."""
         every = torch.tensor(times, dtype=torch.float64)
         return list(zip(self.sde.alpha(every).unbind(), self.sde.sigma(every).unbind(), strict=True))
+
+    def under(self, sde: SDE) -> Under:
+        """The same model under another process, by the map of noise levels (:class:`Under`)."""
+        return Under(self, sde)
 
 
 def _matrix(A: Callable[[Tensor], Tensor], d: int) -> Tensor:

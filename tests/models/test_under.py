@@ -13,6 +13,7 @@ from sdekit import (
     CosineVP,
     GaussianMixture,
     HeatODE,
+    PointSet,
     RectifiedFlow,
     Sampler,
     SubVPSDE,
@@ -85,6 +86,18 @@ def test_it_is_the_score_of_the_other_process(other):
     torch.testing.assert_close(one, two, rtol=0, atol=3e-3)  # between T of 150 and of infinity, and t_min of each
     one, two = (ode_sample(theirs, s, (4, 2), rtol=1e-5, atol=1e-5, seed=0, dtype=torch.float64) for s in (score, want))
     torch.testing.assert_close(one, two, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("other", ALL)
+@pytest.mark.parametrize("data", [DATA, PointSet(DATA.means)])
+def test_the_oracles_models_are_carried_too(data, other):
+    """To the model that the data have under the other process; in a loop, which prepares them, as well."""
+    theirs = ALL[other]()
+    score, want = data.score(VPSDE()).under(theirs), data.score(theirs)
+    times = theirs.inverse_half_log_snr(-LEVELS[[1, 4, 7, 9, 11]].log())
+    x = theirs.perturb(LATENT, times, seed=1)
+    torch.testing.assert_close(score(x, times), want(x, times), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(drawn(theirs, score), drawn(theirs, want), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("predicts", KINDS)
