@@ -249,20 +249,6 @@ def cir_draws(process, t, n, seed):
     return torch.from_numpy(c * rng.noncentral_chisquare(k, lam[rng.choice(2, n, p=process.weights)]))[:, None]
 
 
-def test_cox_ingersoll_ross_forwards_and_back():
-    process = CIR()
-    x0 = torch.from_numpy(np.repeat(process.starts, [4800, 3200]))[:, None]
-    for t in (0.05, 1.5):
-        x = process.perturb(x0, t, seed=1)
-        assert oracle.ks_distance(x[:, 0].numpy(), process.cdf(t)) < THRESHOLD
-        assert oracle.ks_distance(1.1 * x[:, 0].numpy(), process.cdf(t)) > THRESHOLD
-    x_T = cir_draws(process, 1.5, N, 2)
-    for method, churn, sense in (WAYS[0], WAYS[2], WAYS[4]):
-        grid = torch.linspace(1.5, 0.05, 201)
-        x = solve(process.reverse(process.score, churn, sense=sense), x_T, grid, method, noise=Noise(x_T, 4)).x
-        assert oracle.ks_distance(x[:, 0].numpy(), process.cdf(0.05)) < THRESHOLD, (method, churn)
-
-
 def test_the_flow_of_cox_ingersoll_ross_is_the_map_of_quantiles():
     """In one dimension the flow keeps P(x_t < x): to the tolerance, by adaptive steps. The divergence is all of it."""
     process = CIR()
