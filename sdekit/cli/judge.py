@@ -1,13 +1,15 @@
 """``sdekit check``, ``sdekit compare`` and ``sdekit calibrate``."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.cli.models import conditioned, event_of, load_model
+from sdekit.cli.models import conditioned, event_of, load_model, require_score
 from sdekit.evaluation.check import check_process, check_score
 from sdekit.evaluation.compare import BUDGETS, compare
 from sdekit.evaluation.metrics import EXTRACTORS, Extractor, inception_extractor, load_feature_extractor
@@ -17,7 +19,7 @@ from sdekit.sampling.calibration import load_calibration
 from sdekit.training.config import Config
 from sdekit.training.data import is_image_folder, load_data
 
-_MOST = 10_000  # items that are looked at
+_MOST = 4096  # items that are looked at
 MODEL = "a checkpoint of sdekit train, or a folder of diffusers (a pipeline, or unet/ and scheduler/)"
 
 
@@ -39,7 +41,9 @@ def run_check(options: argparse.Namespace) -> bool:
 
     The status is 1 where a line fails.
     """
+    _endings(options.out, ".html", ".json")
     sde, score = load_model(options.checkpoint, options.device)
+    require_score(score, options.checkpoint)
     if options.data is None and options.checkpoint.is_dir():
         raise ValueError("a folder of diffusers does not say what it was trained on: give --data")
     config = Config.read(options.checkpoint) if options.data is None else Config(data=options.data)
@@ -50,11 +54,13 @@ def run_check(options: argparse.Namespace) -> bool:
     data = load_data(config.data, size=size, channels=channels)
     if event is not None and data.event != event:
         raise ValueError(f"{config.data} holds items {data.event}, and {options.checkpoint} is of {event}")
-    data = data.part(0, min(len(data.items), _MOST))  # type: ignore[arg-type]
-    assert isinstance(data.items, Tensor)
+    # Some of all of them: the first may be of a class alone.
+    whole = torch.randperm(len(data.items), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    some = whole[:_MOST]
     if getattr(score.network, "classes", 0) and data.labels is not None:
-        score = score.given(data.labels)
-    items = data.items.to(options.device)
+        score = score.given(data.labels[some])
+    items = data.items[some] if isinstance(data.items, Tensor) else torch.stack([data.items[i] for i in some.tolist()])
+    items = items.to(options.device)
     reports = [
         check_process(sde, data=items[:1000].cpu()),
         check_score(
@@ -88,6 +94,8 @@ def compare_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     """Which sampler to take for a checkpoint, for how many evaluations, by the error to its own flow. Needs no data."""
+    _endings(options.out, ".html", ".json")
+    _endings([options.figure] if options.figure else [], ".png", ".svg")
     sde, score = load_model(options.checkpoint, options.device)
     shape = (_checks.count(options.number, "--number", minimum=2), *event_of(score, options.checkpoint))
     found = compare(
@@ -116,28 +124,29 @@ def calibrate_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(options: argparse.Namespace) -> None:
     """Fit a sampler's times and weights to a checkpoint; compare it with all rows on other noises; keep it in --out."""
-    if options.out.suffix != ".json":
-        raise ValueError(f"--out must end in .json, got {options.out.name!r}")
+    _endings([options.out], ".json")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     sde, score = load_model(options.checkpoint, options.device)
     model, event = conditioned(score, options), event_of(score, options.checkpoint)
     fitted = calibrate(
         sde, model, (options.batch, *event), nfe=options.nfe, noises=options.noises, iterations=options.iterations,
         batch=options.batch, seed=options.seed, device=options.device, progress=True,
     )  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(options.out)
     name = options.out.name
     found = compare(
         sde, model, (64, *event), nfe=(options.nfe,), samplers={name: fitted}, seconds=60.0, seed=options.seed + 1,
         device=options.device,
     )  # fmt: skip
-    errors = {e.sampler: e.error for e in found.entries if e.nfe is not None}
-    before = min((e for e in errors if e != name and errors[e] == errors[e]), key=lambda e: errors[e])
-    print(found)
-    print(
-        f"\nkept {options.out}: error {errors[name]:.3g} in {options.nfe} evaluations, "
-        f"{errors[name] / errors[before]:.2f} of the best fixed row's, {before} with {errors[before]:.3g}"
-    )
+    print(f"{found}\n\nkept {options.out}", end="")
+    errors = {e.sampler: e.error for e in found.entries if e.nfe is not None and math.isfinite(e.error)}
+    mine = errors.pop(name, None)
+    if mine is not None and errors:  # there was time
+        best = min(errors, key=lambda row: errors[row])
+        ratio = mine / max(errors[best], 1e-300)
+        print(f": error {mine:.3g} in {options.nfe} evaluations, {ratio:.2f} of the best fixed row's, {best} with "
+              f"{errors[best]:.3g}", end="")  # fmt: skip
+    print()
 
 
 def _features(options: argparse.Namespace) -> Extractor | None:
@@ -146,6 +155,13 @@ def _features(options: argparse.Namespace) -> Extractor | None:
     if options.features in EXTRACTORS:
         return load_feature_extractor(options.features)
     return inception_extractor(options.features, options.device)
+
+
+def _endings(paths: Sequence[Path], *endings: str) -> None:
+    """Raise ValueError for a path of another ending, before the work and not after it."""
+    for path in paths:
+        if path.suffix not in endings:
+            raise ValueError(f"a file to write must end in {' or '.join(endings)}, got {path.name!r}")
 
 
 def _save(reports: Sequence[Saved], paths: list[Path]) -> None:

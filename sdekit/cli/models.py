@@ -46,10 +46,15 @@ def conditioned(score: NetworkScore, options: argparse.Namespace) -> Any:
     return score.given(label) if scale is None else classifier_free(score, label, classes, scale)
 
 
-def event_of(score: NetworkScore, path: Path) -> tuple[int, ...]:
-    """The shape of an item. Raises ValueError for a checkpoint that does not tell, or of a classifier."""
+def require_score(score: Any, path: Path) -> None:
+    """Raise ValueError for a checkpoint of a classifier."""
     if not hasattr(score, "given"):
         raise ValueError(f"{path} holds a classifier, which guides a score and is none: name a score's checkpoint")
+
+
+def event_of(score: NetworkScore, path: Path) -> tuple[int, ...]:
+    """The shape of an item. Raises ValueError for a checkpoint that does not tell, or of a classifier."""
+    require_score(score, path)
     if score.event is None:
         raise ValueError(f"{path} does not say the shape of its data; save it with event=")
     return score.event

@@ -13,7 +13,7 @@ from sdekit import _checks
 from sdekit.evaluation.comparison import Comparison, Entry
 from sdekit.evaluation.metrics import Extractor, frechet_distance, sliced_wasserstein
 from sdekit.models.derived import Derived
-from sdekit.processes.counted import as_model, ask, samples
+from sdekit.processes.counted import as_model, ask, counting, samples
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibrate import price
 from sdekit.sampling.calibration import Calibration
@@ -60,7 +60,9 @@ def compare(
     """
     _checks.instance(sde)
     size, allowed = _checks.event_shape(shape), _checks.positive(seconds, "seconds")
-    budgets = [_checks.count(n, "nfe", minimum=2) for n in nfe]
+    if isinstance(nfe, int) or not len(nfe):
+        raise ValueError(f"nfe must be budgets, one at least, such as (6, 10), got {nfe!r}")
+    budgets = sorted({_checks.count(n, "nfe", minimum=2) for n in nfe})
     own = {name: as_sampler(row) if not isinstance(row, Calibration) else row for name, row in (samplers or {}).items()}
     for name in own:
         if name in SAMPLERS or name in ADAPTIVE:
@@ -70,11 +72,11 @@ def compare(
 
 
 class _Watched(Derived):
-    """The model, which counts the samples that its networks are asked for."""
+    """The model, which counts the calls of its networks; a copy counts with it."""
 
     def __init__(self, score: Score, sde: SDE) -> None:
         super().__init__(score, as_model(score, sde))
-        self.rows = 0
+        self.calls = [0]
 
     def prepare(self, times: Sequence[float], x: Tensor) -> Sequence[Any]:
         """What the model makes of the times."""
@@ -82,8 +84,10 @@ class _Watched(Derived):
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What the model says."""
-        self.rows += self.network_calls * len(x)
-        return ask(self.inside, x, time, ready)
+        with counting() as made:
+            out = ask(self.inside, x, time, ready)
+        self.calls[0] += made[0]
+        return out
 
 
 class _Run:
@@ -99,12 +103,13 @@ class _Run:
         device = device or getattr(score, "device", None)
         self.common: dict[str, Any] = {"device": device, "dtype": dtype}
         evaluations = sum(budgets) * len(self.rows) + 2.5 * _FINE[1] + 40 * sum(map(len, ADAPTIVE.values()))
-        # A call of a batch of n takes a + b n seconds.
         few, many = min(size[0], _LEAST), min(size[0], 64)
-        call = self._pace(size, few)
-        self.each = (self._pace(size, many) - call) / (many - few) if many > few else call / few
-        most = (0.8 * seconds / evaluations - call) / max(self.each, 1e-9) + few
+        paces = self._pace(size, few), self._pace(size, many)
+        self.each = paces[1] / many  # seconds of an evaluation of a sample, in a batch
+        more = max(paces[1] - paces[0], 0.0) / max(many - few, 1)  # a call of n takes a + b n seconds
+        most = (0.8 * seconds / evaluations - paces[0]) / max(more, 1e-9) + few
         self.n = int(max(few, min(size[0], most)))
+        self.calls: int = getattr(as_model(score, sde), "network_calls", 1)  # of an evaluation
         self.shape = (self.n, *size[1:])
         self.bar = tqdm(total=len(budgets) * len(self.rows) + sum(map(len, ADAPTIVE.values())), desc="comparing",
                         disable=not progress, leave=False)  # fmt: skip
@@ -135,16 +140,19 @@ class _Run:
             for budget in self.budgets:
                 for name, row in self.rows.items():
                     self.bar.update()
-                    if isinstance(row, Calibration) and row.nfe > budget:
+                    if isinstance(row, Calibration) and self._first(row) != budget:
                         continue
                     if time.perf_counter() > self.until:
                         left.append(f"{name} in {budget}")
                         continue
                     try:
                         entries.append(self._fixed(name, row, budget))
-                    except ValueError as error:  # too few evaluations for a step, or no such process
-                        if "nfe must be at least" not in str(error):
+                    except (ValueError, FloatingPointError) as error:
+                        if "nfe must be at least" not in str(error):  # too few evaluations for a step of this row
                             refused[name] = str(error)
+            for name, row in self.rows.items():
+                if isinstance(row, Calibration) and self._first(row) is None:
+                    refused[name] = f"it takes {self.calls * row.nfe} evaluations, and no budget is as large"
             for method, tolerances in ADAPTIVE.items():
                 for tolerance in tolerances:
                     self.bar.update()
@@ -152,7 +160,8 @@ class _Run:
                         left.append(f"{method} at {tolerance:g}")
                     else:
                         entries.append(self._adaptive(method, tolerance))
-        prices = {n: (price(n), price(n) * self.each) for n in _PRICED}
+        work = {n: price(max(2, n // self.calls)) for n in _PRICED}
+        prices = {n: (self.calls * samples_asked, samples_asked * self.each) for n, samples_asked in work.items()}
         settings = {
             "process": type(self.sde).__name__, "predicts": getattr(self.score, "predicts", "score"),
             "samples": self.n, "event": tuple(self.shape[1:]), "seed": self.seed,
@@ -161,6 +170,10 @@ class _Run:
         }  # fmt: skip
         reference = float(rms(rougher - self.exact).mean())
         return Comparison(tuple(entries), self._distance(self.exact), reference, prices, refused, tuple(left), settings)
+
+    def _first(self, row: Calibration) -> int | None:
+        """The least budget that is enough."""
+        return next((n for n in self.budgets if self.calls * row.nfe <= n), None)
 
     def _distance(self, x: Tensor) -> float:
         if self.n < 2:
@@ -175,7 +188,7 @@ class _Run:
         noisy = not isinstance(row, Calibration) and row.stochastic
         given |= {"seed": self.seed + 2} if noisy else {"x_T": self.x_T}
         x = sample(self.sde, watched, self.shape, row, **given, **self.common)
-        return self._entry(name, budget, None, watched.rows / self.n, x, noisy)
+        return self._entry(name, budget, None, float(watched.calls[0]), x, noisy)
 
     def _adaptive(self, method: str, tolerance: float) -> Entry:
         times = torch.tensor([self.sde.T, self.sde.t_min], dtype=torch.float64)
@@ -187,5 +200,6 @@ class _Run:
         self, name: str, budget: int | None, tolerance: float | None, evaluations: float, x: Tensor, noisy: bool
     ) -> Entry:
         off = rms(x - self.exact).double()
-        error, spread = (math.nan, math.nan) if noisy else (float(off.mean()), float(off.std() / len(off) ** 0.5))
+        error = math.nan if noisy else float(off.mean())
+        spread = math.nan if noisy or self.n < 2 else float(off.std() / self.n**0.5)
         return Entry(name, budget, tolerance, evaluations, error, spread, self._distance(x))

@@ -37,7 +37,7 @@ class Comparison:
     ``floor``: the distance of the flow's own samples from two sets of noises: less than that means nothing.
     ``reference``: how far the flow in half as many steps is from where it was taken to lead; errors below mean nothing.
     ``prices``: nfe -> (evaluations of samples, seconds here) that :func:`sdekit.calibrate` takes, about.
-    ``refused``: what a sampler said where it does not take this process; ``left_out``: what there was no time for.
+    ``refused``: what a sampler said that does not take this process or model; ``left_out``: for what time was short.
     """
 
     entries: tuple[Entry, ...]
@@ -79,7 +79,9 @@ class Comparison:
             }
             names = list(dict.fromkeys(name for name, _ in value))
             least = {n: min((v for (_, m), v in value.items() if m == n), default=math.nan) for n in budgets}
-            names.sort(key=lambda name: _mean_log([value.get((name, n), math.nan) / least[n] for n in budgets]))
+            names.sort(
+                key=lambda name: _mean_log([value.get((name, n), math.nan) / max(least[n], 1e-300) for n in budgets])
+            )
             rows = [[name, *(_cell(value.get((name, n)), least[n]) for n in budgets)] for name in names]
             if rows:
                 tables.append(([head, *map(str, budgets)], rows))
@@ -91,12 +93,13 @@ class Comparison:
         """In words: the best of each budget, what numbers mean nothing, what a calibration costs, what is missing."""
         budgets = sorted({e.nfe for e in self.entries if e.nfe is not None and math.isfinite(e.error)})
         said = ["best: " + ", ".join(f"{self.best(n)} in {n}" for n in budgets)] if budgets else []
-        said.append(f"errors below {self.reference:.2g} mean nothing, nor do distances below {self.floor:.2g}")
+        floor = "" if math.isnan(self.floor) else f", nor do distances below {self.floor:.2g}"
+        said.append(f"errors below {self.reference:.2g} mean nothing{floor}")
         said += [
             f"calibrate(..., nfe={n}) takes some {work / 1000:.0f},000 evaluations of samples, {seconds:.0f} s here"
             for n, (work, seconds) in self.prices.items()
         ]
-        said += [f"{name} does not take this process: {why}" for name, why in self.refused.items()]
+        said += [f"{name} is left out: {why}" for name, why in self.refused.items()]
         return [*said, f"no time for {', '.join(self.left_out)}: raise seconds="] if self.left_out else said
 
     def __str__(self) -> str:
@@ -127,9 +130,11 @@ class Comparison:
 
     def figure(self, path: str | Path) -> None:
         """The first of :meth:`figures` as a picture, .png or .svg. Raises ImportError without matplotlib."""
-        path = Path(path)
+        path, figures = Path(path), self.figures()
         _checks.lookup(dict.fromkeys((".png", ".svg")), path.suffix, "ending of the figure's path")
-        path.write_bytes(draw(self.figures()[0], path.suffix[1:]))
+        if not figures:
+            raise ValueError("there is no figure where nothing was measured: give compare more seconds=")
+        path.write_bytes(draw(figures[0], path.suffix[1:]))
 
     def json(self) -> dict[str, Any]:
         """As JSON has it, with versions and date in the settings."""
@@ -145,7 +150,7 @@ class Comparison:
 
     def section(self) -> Section:
         """As a page has it."""
-        header, rows = self._tables()[0]
+        header, rows = next(iter(self._tables()), ([], []))
         return Section(
             "compare: samplers on this model", "; ".join(self.notes()), header=header, rows=rows,
             figures=self.figures(), settings=self.settings,

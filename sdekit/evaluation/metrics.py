@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
 
 import torch
@@ -45,9 +46,15 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 256, seed: int = 
     a, b = (_checks.state(x, name).flatten(1).to("cpu", torch.float64) for x, name in ((a, "a"), (b, "b")))
     if a.shape != b.shape:
         raise ValueError(f"a and b must be of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    u = torch.randn(a.shape[1], directions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    u /= u.norm(dim=0)
+    u = _directions(a.shape[1], directions, seed)
     return float(((a @ u).sort(0).values - (b @ u).sort(0).values).square().mean().sqrt())
+
+
+@lru_cache(maxsize=1)  # a comparison takes the same hundreds of times
+def _directions(d: int, many: int, seed: int) -> Tensor:
+    with torch.inference_mode(False):
+        u = torch.randn(d, many, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return u / u.norm(dim=0)
 
 
 def load_feature_extractor(name: str) -> Extractor:

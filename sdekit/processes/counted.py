@@ -138,13 +138,16 @@ def ask(model: Model, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
 
 @contextmanager
 def counting() -> Iterator[list[int]]:
-    """[calls, rows] of the networks that are called within, by :func:`ask`."""
-    made = [0, 0]
+    """[calls, rows] of the networks that are called within, by :func:`ask`; who counts outside hears of them, too."""
+    made, outer = [0, 0], _made.get()
     token = _made.set(made)
     try:
         yield made
     finally:
         _made.reset(token)
+        if outer is not None:
+            outer[0] += made[0]
+            outer[1] += made[1]
 
 
 class MoreCallsError(RuntimeError):

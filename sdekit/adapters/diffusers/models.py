@@ -85,8 +85,8 @@ def load_folder(path: str | Path, device: torch.device | str | None = None) -> t
     network = kind.from_pretrained(inside[0], low_cpu_mem_usage=spare).to(device or "cpu").eval()  # type: ignore[attr-defined]
     sde, score = from_diffusers(network, json.loads(settings.read_text(encoding="utf-8")))
     size = network.config.get("sample_size")
-    if isinstance(size, int):
-        score.event = (network.config.in_channels, size, size)
+    if isinstance(size, int | list | tuple):
+        score.event = (network.config.in_channels, *((size, size) if isinstance(size, int) else size))
     return sde, score
 
 

@@ -4,19 +4,22 @@ import math
 import statistics
 
 import torch
+from scipy.special import fdtrc
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdekit.evaluation.check.identify import allowed
 from sdekit.evaluation.check.lines import verdict
-from sdekit.evaluation.check.probe import Probe
+from sdekit.evaluation.check.probe import Probe, chance, flat
 from sdekit.evaluation.report import Line, Verdict
+from sdekit.models.conditions import mapped
 from sdekit.models.points import PointSet
 from sdekit.noise.keyed import Noise
+from sdekit.processes.counted import samples
 
 ROUGH = "the weights are not the averaged ones (EMA), or of other data, or too little trained"
 _NOTHING = 1e-3  # of the trivial error: what an exact model of the data leaves, rounding
-_POINTS = 2**31  # numbers in the differences of noisy samples and data, up to which the data's own model is asked
+_POINTS = 2**29  # numbers in the differences of noisy samples and data, up to which the data's own model is asked
 
 
 def _line(name: str, worst: float, warn: float, fail: float, text: str, remedy: str) -> Line:
@@ -30,7 +33,7 @@ def loss(probe: Probe, losses: Tensor) -> Line:
     excess = losses.mean(1) / allowed(probe.model.predicts, probe)
     k = int(excess.argmax())
     worst, r = float(losses[k].mean()), float(probe.r[k])
-    far, surely = float(excess[k]), float(losses[k].mean() - 4 * losses[k].std() / losses.shape[1] ** 0.5)
+    far, surely = float(excess[k]), worst - chance(losses[k], 4)
     said: Verdict = "pass" if far <= 1 or surely < 1 else "fail"
     text = (
         f"at worst {worst:.3g} of the trivial denoiser's squared error, at sigma/alpha = {r:.3g} "
@@ -50,7 +53,9 @@ def memory(probe: Probe, losses: Tensor) -> Line:
             "memory", "pass", math.nan, f"{len(probe.data)} samples are too many to compare with their own model"
         )
     own = PointSet(probe.data).score(probe.sde)
-    best = torch.stack([probe.loss(own.output(probe.state(k), t), k).mean() for k, t in enumerate(probe.times)])
+    states = [probe.state(k) for k in range(len(probe.r))]
+    with probe.of(probe.x0):
+        best = torch.stack([probe.loss(own.output(states[k], t), k).mean() for k, t in enumerate(probe.times)])
     k = int((best < 0.1).nonzero().max()) if bool((best < 0.1).any()) else 0  # above, all are near the mean
     least, ours = float(best[k]), float(losses[k].mean())
     by_heart = least < 0.1 and ours < 2 * least + 0.01
@@ -62,38 +67,56 @@ def memory(probe: Probe, losses: Tensor) -> Line:
     return Line("memory", "warn" if by_heart else "pass", ours, text, remedy if by_heart else "")
 
 
-def conditions(probe: Probe, losses: Tensor) -> list[Line]:
-    """Those given against those of other samples, of which the model should make less."""
+def conditions(probe: Probe, denoised: list[Tensor], losses: Tensor) -> list[Line]:
+    """Those given against those of other samples: what the model makes of them it must gain by them,
+
+    E|x_0 - D'|^2 - E|x_0 - D|^2 = E|D' - D|^2  for D with a sample's own and D' with another's; 0 where both are.
+    """
     if getattr(probe.model, "conditions", None) is None:
         return []
     middle = [k for k in range(len(probe.r)) if 0.3 <= float(probe.r[k]) / probe.spread <= 5] or [len(probe.r) // 2]
     other = probe.with_others_conditions()
-    there = torch.stack([probe.loss(other.denoised(k), k) for k in middle])
-    off = ((there - losses[middle]) / losses[middle].mean(1, keepdim=True)).mean(0)
-    gain, sure = float(off.mean()), float(off.mean() / off.std() * len(off) ** 0.5)
-    if not bool(off.any()):
-        return [Line("conditions", "pass", 0.0, "all samples have the same, which cannot be told from none")]
-    fine = gain > 0.002 and sure > 4
-    text = f"with another sample's conditions it errs {1 + gain:.3g} times as much"
-    remedy = "these are the conditions of other samples (their order), or the network does not listen to them"
-    return [Line("conditions", "pass" if fine else "fail", 1 + gain, text, "" if fine else remedy)]
+    gains, moves = [], []
+    for k in middle:
+        there = other.denoised(k)
+        unit = losses[k].mean()
+        gains.append((probe.loss(there, k) - losses[k]) / unit)
+        moves.append(probe.fold(flat(there - denoised[k]).square().mean(1)).cpu() / float(probe.trivial[k]) / unit)
+    gain, move = torch.stack(gains).mean(0), torch.stack(moves).mean(0)
+    due = float(move.mean())
+    if due == 0 and all(torch.equal(a, b) for a, b in zip(_given(probe), _given(other), strict=True)):
+        return [Line("conditions", "pass", 1.0, "all samples have the same, which cannot be told from none")]
+    if due == 0:
+        remedy = "the network does not listen to them: see what it does with its arguments"
+        return [Line("conditions", "fail", 1.0, "with another sample's conditions nothing changes", remedy)]
+    off = gain - 0.5 * move
+    fine = float(off.mean()) > -chance(off, 4)
+    number = 1 + float(gain.mean())
+    text = f"with another sample's conditions it errs {number:.3g} times as much; it acts as if that were {1 + due:.3g}"
+    remedy = "these are the conditions of other samples (their order)"
+    return [Line("conditions", "pass" if fine else "fail", number, text, "" if fine else remedy)]
+
+
+def _given(probe: Probe) -> list[Tensor]:
+    """The tensors among the conditions of the samples."""
+    found: list[Tensor] = []
+    with samples(probe.asked, len(probe.data)):
+        mapped(found.append, probe.model.conditions.of(probe.x0))  # type: ignore[attr-defined]
+    return found
 
 
 def residual(probe: Probe, denoised: list[Tensor]) -> list[Line]:
     """What the residual has in common with what the model says, and its mean."""
     slopes, means = [], []
-    n = len(probe.x0)
     for k, x_0 in enumerate(denoised):
         if 0.05 <= float(probe.r[k]) / probe.spread <= 3:  # below and above all networks say less than they might
-            said, target = probe.said(k).double(), probe.target(k).double()
-            each, unit = ((target - said) * said).flatten(1).mean(1), float(said.square().mean())
-            slopes.append(max(0.0, abs(float(each.mean())) - 3 * float(each.std()) / n**0.5) / max(unit, 1e-12))
-        rest = (probe.x0 - x_0).double().flatten(1)
-        sure = rest.mean(0).square().mean() - rest.var(0).mean() / n  # of the mean's square, without bias
-        size = float(rest.square().mean())
-        known = size > _NOTHING * float(probe.trivial[k])
-        means.append((math.sqrt(max(0.0, float(sure) / size)) if known else 0.0, k))
-    worst, k = max(means)
+            said, target = flat(probe.said(k)), flat(probe.target(k))
+            each, unit = probe.fold(((target - said) * said).mean(1)), float(said.square().mean())
+            slopes.append(max(0.0, abs(float(each.mean())) - chance(each, 3)) / max(unit, 1e-12))
+        rest = probe.fold(flat(probe.x0 - x_0))
+        known = not float(rest.square().mean()) <= _NOTHING * float(probe.trivial[k])
+        means.append(_mean(rest) if known else 0.0)
+    worst, k = max((mean, k) for k, mean in enumerate(means))
     return [
         _line(
             "slope", statistics.median(slopes or [0.0]), 0.05, 0.15,
@@ -108,6 +131,22 @@ def _at(probe: Probe, k: int) -> str:
     return f"sigma/alpha = {probe.r[k]:.3g}"
 
 
+def _mean(rest: Tensor) -> float:
+    """The size of the mean of vectors (n, d), of theirs, without what chance adds; 0 where it may be chance at all.
+
+    n |mean|^2 is about tr C/h times chi^2 of h = (tr C)^2/tr C^2 degrees of freedom (Satterthwaite 1946).
+    """
+    n, whole = len(rest), float(rest.square().sum(1).mean())
+    off = rest - rest.mean(0)
+    small = off if off.shape[1] <= n else off.mT
+    trace, square = float(off.square().sum()) / (n - 1), float((small.mT @ small).square().sum()) / (n - 1) ** 2
+    found = float(rest.mean(0).square().sum())
+    h = trace**2 / max(square, 1e-300)
+    if fdtrc(h, h * (n - 1), n * found / max(trace, 1e-300)) > 1e-5:
+        return 0.0
+    return math.sqrt(max(0.0, found - trace / n) / whole)
+
+
 def slopes(probe: Probe, denoised: list[Tensor], seed: int) -> list[Line]:
     """The Jacobian of D by two vectors a sample: its symmetry, and its trace against the residual's size."""
     if probe.sde.root is not None or not probe.sde.diffuses:  # there D is no plain gradient
@@ -119,21 +158,17 @@ def slopes(probe: Probe, denoised: list[Tensor], seed: int) -> list[Line]:
             x, t = probe.state(k)[:n], float(probe.times[k])
             noise = Noise(x, seed, purpose="slopes")
             v = noise.normal()
-            u, w = x.detach().requires_grad_(), torch.zeros_like(x, requires_grad=True)
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                D = probe.at_time(u, t, graph=True)
-                (pulled,) = torch.autograd.grad(D, u, w, create_graph=True)  # J^T w, linear in w
-                (pushed,) = torch.autograd.grad(pulled, w, v, retain_graph=True)  # J v
-                (pulled,) = torch.autograd.grad(D, u, v)
-            whole = float(pushed.double().square().sum() + pulled.double().square().sum())
+            parts = [_jacobian(probe, x, v, t, rows) for rows in torch.arange(n).split(probe.batch)]
+            pushed, pulled = (flat(torch.cat(part)) for part in zip(*parts, strict=True))
+            whole = float(pushed.square().sum() + pulled.square().sum())
             if whole < _NOTHING * float(v.square().sum()):  # next to no slope, and what there is is rounding
                 continue
-            skew.append((float((pushed - pulled).double().square().sum() / whole), k))
+            skew.append((float((pushed - pulled).square().sum()) / whole, k))
             alpha, sigma = (float(f) for f in probe.at(probe.times[k]))
-            trace = sigma**2 / alpha * (v * pulled).double().flatten(1).sum(1).mean()
-            left = (probe.x0[:n] - denoised[k][:n]).double().flatten(1).square()
-            if float(left.mean()) > _NOTHING * float(probe.trivial[k]):
-                ratio.append((float(left.sum(1).mean() / trace), k))
+            due = probe.fold(sigma**2 / alpha * (flat(v) * pulled).sum(1))
+            left = probe.fold(flat(probe.x0[:n] - denoised[k][:n]).square().sum(1))
+            if float(left.mean()) > _NOTHING * float(probe.trivial[k]) * pulled.shape[1]:
+                ratio.append((*_ratio(left, due), k))
     except RuntimeError as error:
         text = f"no derivative in x: {error}"
         return [
@@ -147,13 +182,31 @@ def slopes(probe: Probe, denoised: list[Tensor], seed: int) -> list[Line]:
             "the likelihood is still that of the flow; where it is half or more, this is no score: see its reading",
         ))  # fmt: skip
     if ratio:  # else the model knows the data by heart, and nothing is left
-        times, k = max(ratio, key=lambda one: abs(math.log(max(one[0], 1e-6))))
-        off = abs(math.log(max(times, 1e-6)))
+        off, times, k = max(ratio)
         said = verdict(off, math.log(1.3), math.log(2.0))
         text = f"it errs {times:.3g} times as much as its own slope says, at {_at(probe, k)}"
         remedy = "it is surer (above 1) or less sure of itself than it may be: another prediction, factor or clock"
         found.append(Line("variance", said, times, text, "" if said == "pass" else remedy))
     return found
+
+
+def _jacobian(probe: Probe, x: Tensor, v: Tensor, t: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(J v, J' v) of D at these of the first samples: a call's, since graphs take memory."""
+    part = slice(int(rows[0]), int(rows[-1]) + 1)
+    u, w = x[part].detach().requires_grad_(), torch.zeros_like(x[part], requires_grad=True)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        D = probe.at_time(u, t, part.start, graph=True)
+        (pulled,) = torch.autograd.grad(D, u, w, create_graph=True)  # J' w, linear in w
+        (pushed,) = torch.autograd.grad(pulled, w, v[part], retain_graph=True)
+        (pulled,) = torch.autograd.grad(D, u, v[part])
+    return pushed, pulled
+
+
+def _ratio(left: Tensor, due: Tensor) -> tuple[float, float]:
+    """How far the mean of what is left is from what is due, |log| of their ratio, beyond chance; and the ratio."""
+    off, trace = float((left - due).mean()), max(float(due.mean()), 1e-12)
+    sure = 1 + math.copysign(max(0.0, abs(off) - chance(left - due, 4)), off) / trace
+    return abs(math.log(max(sure, 1e-6))), float(left.mean()) / trace
 
 
 def consistency(probe: Probe, seed: int) -> Line:
@@ -166,14 +219,12 @@ def consistency(probe: Probe, seed: int) -> Line:
         s, t = probe.times[k], probe.times[k + 2]
         x = probe.state(k)
         a, b = probe.sde.transition(s, t)
-        centre = probe.sde.centre(x, s)
-        later = probe.sde.place(float(a) * centre + float(b) * probe.sde.unit_noise(noise.normal), t)
-        D, E = (
-            d.double().flatten(1) - probe.mean.double().flatten()
-            for d in (probe.denoised(k, x), probe.denoised(k + 2, later))
-        )
-        each = ((D - E) * E).sum(1)
-        sure = max(0.0, abs(float(each.mean())) - 3 * float(each.std()) / len(x) ** 0.5)
+        y = float(a) * probe.centre(x, s) + float(b) * probe.sde.unit_noise(noise.normal)
+        with probe.of(x):
+            y = probe.sde.place(y, t)
+        D, E = (flat(d - probe.mean) for d in (probe.denoised(k, x), probe.denoised(k + 2, y)))
+        each = probe.fold(((D - E) * E).sum(1))
+        sure = max(0.0, abs(float(each.mean())) - chance(each, 4))
         values.append(sure / float(probe.spread**2 * D.shape[1]))
     return _line(
         "levels", max(values), 0.03, 0.1,

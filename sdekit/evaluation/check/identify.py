@@ -8,21 +8,23 @@ hard the sample is) drops out, and mistakes of a thousandth show.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdekit.evaluation.check.probe import LOWEST, Probe, own_clock
-from sdekit.evaluation.check.readings import CLOCKS, OWN, PROCESSES, SHIFTS, N, Reading, Transform, clock_of, transforms
+from sdekit.evaluation.check.probe import LOWEST, Probe, chance, flat, own_clock
+from sdekit.evaluation.check.readings import OWN, PROCESSES, Clock, Reading, Transform, clocks, shifts, transforms
 from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
-_NUMBERS, _MOST = 2**16, 4096
+_NUMBERS, _MOST = 2**16, 4096  # that it takes to tell clocks a step apart, and samples for it at most
+_KEPT = 2**28  # numbers of what the network said, to be read in other ways
 
 
 class Fit(NamedTuple):
-    """A reading with its losses, (levels, n) in units of the trivial denoiser's; NaN at levels that it has not."""
+    """A reading with its losses, (levels, data) in units of the trivial denoiser's; NaN at levels that it has not."""
 
     reading: Reading
     losses: Tensor
@@ -35,8 +37,21 @@ class Fit(NamedTuple):
     @property
     def loss(self) -> float:
         """The geometric mean over levels."""
-        levels = self.losses.mean(1)
-        return float(levels[levels.isfinite()].clamp_min(1e-12).log().mean().exp()) if self.levels else math.inf
+        losses = self.losses.mean(1)
+        return _mean(losses[losses.isfinite()]) if self.levels else math.inf
+
+    def beside(self, own: "Fit") -> float:
+        """The same over all levels; where it has none the loss of another, or the trivial: few may be the easy ones."""
+        mine, theirs = self.losses.mean(1), own.losses.mean(1)
+        return _mean(torch.where(mine.isfinite(), mine, theirs.nan_to_num(1.0)))
+
+    def at(self, levels: Sequence[int]) -> "Fit":
+        """Of these levels alone."""
+        return self._replace(losses=self.losses[list(levels)])
+
+
+def _mean(losses: Tensor) -> float:
+    return float(losses.clamp_min(1e-12).log().mean().exp())
 
 
 class Search:
@@ -48,9 +63,13 @@ class Search:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self._said: dict[Any, Tensor | None] = {}
+        self._kept = 0
         self._processes: dict[str | None, SDE] = {None: probe.sde}
-        # a network that is told whole numbers is told none that it may not have: a table has an end
-        self._whole = not own_clock(probe.model, torch.tensor(probe.sde.T, dtype=torch.float64)).is_floating_point()
+        self._time, self._kind = cache(self._time_of), cache(self._kind_of)
+        # A network that is told whole numbers may look them up in a table, and on a device to ask beyond its end is
+        # the end of the process.
+        ends = [own_clock(probe.model, torch.tensor(t, dtype=torch.float64)) for t in (probe.sde.t_min, probe.sde.T)]
+        self._last = None if ends[0].is_floating_point() else max(int(end.max()) for end in ends)
 
     def process(self, name: str | None) -> SDE:
         """The process of that name, made once."""
@@ -76,14 +95,14 @@ class Search:
         return [a for a in (self._ask(reading, k, n) for k in levels) if a is not None]
 
     def _losses(self, reading: Reading, asked: "list[_Asked]", n: int) -> Tensor:
-        losses = torch.full((len(self.probe.eps), n), math.nan, dtype=torch.float64)
+        probe, losses = self.probe, torch.full((len(self.probe.eps), n), math.nan, dtype=torch.float64)
         sde, stretch = self.process(reading.process), self._stretch(reading.transform)
         for k, out, x, x0, t in asked:
-            a, b = express(Kind(1.0, 0.0), self._kind(reading, t), sde.alpha(t), sde.sigma(t))
-            x_0 = a.to(x) * reading.factor * out + b.to(x) * sde.centre(x, t)
-            error = (x_0 - x0).double().flatten(1).square().mean(1)
-            losses[k] = (error / (float(self.probe.trivial[k]) * stretch**2)).nan_to_num(1e9, 1e9).clamp_max(1e9)
-        return losses
+            a, b = express(Kind(1.0, 0.0), self._kind(reading.predicts, reading.process, float(t)), *probe.at(t, sde))
+            x_0 = a.to(x) * reading.factor * out + b.to(x) * probe.centre(x, t, sde)
+            error = flat(x_0 - x0).square().mean(1) / (float(probe.trivial[k]) * stretch**2)
+            losses[k] = error.nan_to_num(1e9, 1e9).clamp_max(1e9)
+        return probe.fold(losses.mT).mT
 
     def _factor(self, reading: Reading, asked: "list[_Asked]") -> list[float]:
         """What the output is best multiplied by: of the regression of what it should be, all levels alike. None where
@@ -91,7 +110,7 @@ class Search:
         """
         products = squares = 0.0
         for k, out, _, x0, t in asked:
-            m, n = self._kind(reading, t)
+            m, n = self._kind(reading.predicts, reading.process, float(t))
             target = (m.to(x0) * x0 + n.to(x0) * self.probe.eps[k][: len(x0)]).double()
             unit = float(target.square().mean())
             products += float((out * target).mean()) / unit
@@ -104,8 +123,12 @@ class Search:
             *(y for y in (float(f"{best:.0e}"), 1 / float(f"{1 / best:.0e}")) if abs(y / best - 1) < 0.1),
         ]
 
-    def _kind(self, reading: Reading, t: Tensor) -> Kind:
-        return kind_of(reading.predicts, self.process(reading.process), t)
+    def _kind_of(self, predicts: str, process: str | None, t: float) -> Kind:
+        return kind_of(predicts, self.process(process), torch.tensor(t, dtype=torch.float64))
+
+    def _time_of(self, process: str | None, k: int, stretch: float) -> Tensor:
+        """Where that process has the probe's level, of data so much wider. ValueError where it has not."""
+        return self.process(process).inverse_half_log_snr(-math.log(float(self.probe.r[k]) * stretch))
 
     def _stretch(self, transform: Transform | None) -> float:
         """How much wider the transformed data are: their levels are wider by as much, so that losses compare."""
@@ -119,21 +142,25 @@ class Search:
         """None where the reading's process has not got the level, or the network does not take the clock."""
         probe, sde = self.probe, self.process(reading.process)
         try:
-            t = sde.inverse_half_log_snr(-math.log(float(probe.r[k]) * self._stretch(reading.transform)))
-            clock = clock_of(reading.clock, probe.model, sde, t)
+            t = self._time(reading.process, k, self._stretch(reading.transform))
+            clock = reading.clock.at(probe.model, sde, t)
         except ValueError:
             return None
-        if self._whole and clock.is_floating_point():
-            clock = clock.round().long().clamp(0, N - 1)
+        if self._last is not None:
+            clock = clock.round().long().clamp(0, self._last)
         x0 = probe.x0[:n] if reading.transform is None else reading.transform.forward(probe.x0[:n])
-        x = sde.perturb(x0, t, noise=probe.eps[k][:n])
+        x = probe.state(k, sde, x0, float(t))
         told = tuple(round(float(c), 9) for c in clock.reshape(-1))
         name = None if reading.transform is None else reading.transform.name
         key = (n, k, told, name, round(float(sde.alpha(t)), 6))
         if key not in self._said:
+            self._kept += x.numel()
+            if self._kept > _KEPT:
+                self._said.clear()
+                self._kept = x.numel()
             try:
                 self._said[key] = probe.ask(x, clock)
-            except (ValueError, IndexError, RuntimeError, TypeError):  # it takes no such clock
+            except Exception:  # it takes no such clock, and who knows how it says so
                 self._said[key] = None
         out = self._said[key]
         return None if out is None else _Asked(k, out, x, x0, t)
@@ -169,28 +196,29 @@ def identify(probe: Probe) -> Identified:
     """Which reading of the model fits: all on the data as they are, its own on other data; if none does, all on all."""
     search, own = Search(probe), Reading(probe.model.predicts)
     every, n = range(len(probe.eps)), len(probe.x0)
-    plain = getattr(probe.sde, "root", None) is None and probe.sde.centred and probe.sde.diffuses
-    ways: list[tuple[str | None, str]] = [(None, clock) for clock in (OWN, *SHIFTS, *CLOCKS)]
-    ways += [(process, clock) for process in PROCESSES for clock in CLOCKS] if plain else []
+    near_by = shifts(probe.sde)
+    ways: list[tuple[str | None, Clock]] = [(None, clock) for clock in (OWN, *near_by, *clocks(probe.sde))]
+    if probe.sde.root is None and probe.sde.centred and probe.sde.diffuses:
+        ways += [(name, clock) for name in PROCESSES for clock in clocks(search.process(name))]
     mine = search.fits([own], every, n)[0]
-    sure = [mine, *search.fits([replace(own, clock=clock) for clock in SHIFTS], every, n)]
+    sure = [mine, *search.fits([replace(own, clock=clock) for clock in near_by], every, n)]
 
     def look(changes: Sequence[Transform | None], ways: list[Any], levels: Sequence[int], few: int) -> None:
-        found = [
-            fit
-            for transform in changes
-            for process, clock in ways
-            for fit in search.free(Reading(own.predicts, 1.0, clock, process, transform), levels, min(n, few))
-            if fit.levels > 0.7 * len(levels)
-        ]
-        found.sort(key=lambda fit: fit.loss)
-        near = [fit.reading for fit in found[:12] if fit.loss < 1.5 * found[0].loss]
+        here = search.fits([own], levels, min(n, few))[0].at(levels)
+        found = []  # of each way to ask its best few, by loss: what else is made of the same answers costs nothing
+        for transform in changes:
+            for process, clock in ways:
+                free = search.free(Reading(own.predicts, 1.0, clock, process, transform), levels, min(n, few))
+                some = [(fit.at(levels).beside(here), fit.reading) for fit in free if fit.levels > 0.7 * len(levels)]
+                found.append(sorted(some, key=lambda one: one[0])[:5])
+        found = sorted(filter(None, found), key=lambda some: some[0][0])[:8]
+        near = [reading for some in found for loss, reading in some if loss < 1.5 * found[0][0][0]]
         sure.extend(search.fits([reading for reading in near if reading != own], every, n))
 
     def judged() -> Identified:
-        best = min(sure, key=lambda fit: fit.loss)
+        best = min(sure, key=lambda fit: fit.beside(mine))
         ties = [fit for fit in sure if fit.levels and not better(best, fit)] or [best]
-        ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.loss))
+        ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.beside(mine)))
         return Identified(ties[0], ties[1:], mine, probe)
 
     changes = transforms(probe.x0)
@@ -199,18 +227,20 @@ def identify(probe: Probe) -> Identified:
     if not fits(judged().best, probe):
         look(changes, ways, every[::4], 8)
     found = judged()
-    near = _near(probe, own) if found.best is mine else found
+    near = _near(probe, mine) if found.best is mine else found
     return near if near.accused else found
 
 
-def _near(probe: Probe, own: Reading) -> Identified:
+def _near(probe: Probe, mine: Fit) -> Identified:
     """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t.
 
     It takes some tens of thousands of numbers to show at all.
     """
+    if float(probe.r[0]) > 2 * LOWEST * probe.spread:  # there are no such levels
+        return Identified(mine, [], mine, probe)
     low = probe.below(4 * LOWEST, levels=4, least=min(_MOST, _NUMBERS // probe.x0[0].numel()))
-    search, every = Search(low), range(len(low.eps))
-    mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in SHIFTS)], every, len(low.x0))
+    own, search, every = mine.reading, Search(low), range(len(low.eps))
+    mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in shifts(low.sde))], every, len(low.x0))
     best = min(others, key=lambda fit: fit.loss)
     return Identified(best, [], mine, low)
 
@@ -236,4 +266,4 @@ def better(a: Fit, b: Fit, sigmas: float = 6.0, gain: float = 1e-3) -> bool:
     the difference, relative to b's loss at each level, and by more than ``gain``.
     """
     off = ((b.losses - a.losses) / b.losses.mean(1, keepdim=True)).nanmean(0)
-    return bool(off.mean() > gain and off.mean() > sigmas * off.std() / len(off) ** 0.5)
+    return bool(off.mean() > gain and off.mean() > chance(off, sigmas))

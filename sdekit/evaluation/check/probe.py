@@ -2,9 +2,11 @@
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from sdekit.noise.keyed import Noise
@@ -21,6 +23,7 @@ LOWEST, HIGHEST = 0.01, 10.0
 class Probe:
     """Data x_0 (n, *event), standard normal eps for each level, and the levels: r = sigma/alpha, from low to high.
 
+    Of N < ``n`` data each comes with several noises; chance is then reckoned over the N (:meth:`fold`).
     ``spread``: the root mean square of the data about their mean. ``trivial``: (levels,), what the best denoiser that
     knows the data's mean and spread alone errs a number, s^2 r^2/(s^2 + r^2); losses here are in units of it.
     """
@@ -32,9 +35,13 @@ class Probe:
         self.seed = seed
         self.sde, self.model, self.batch, self.data = sde, model, batch, data
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        self.rows = order.repeat(-(-n // len(data)))[:n]
+        self.rows = order[:n] if n < len(data) else order.repeat(-(-n // len(data)))
+        self.asked = self.rows  # whose conditions the model gets
         self.mean = data.mean(0)
-        self.spread = max(float((data - self.mean).double().square().mean().sqrt()), 1e-12)
+        of_sample = float((data - self.mean).double().square().mean())
+        self.spread = math.sqrt(of_sample * len(data) / (len(data) - 1))  # of the law that they are from
+        if self.spread <= 1e-6 * float(data.abs().max()):
+            raise ValueError(f"data must be samples that differ, and all {len(data)} are the same")
         self.x0 = data[self.rows.to(data.device)]
         first, last = (float((-sde.half_log_snr(t)).exp()) for t in (sde.t_min, sde.T))
         low, high = max(first, LOWEST * self.spread), min(last * (1 - 1e-6), highest * self.spread)
@@ -57,21 +64,37 @@ class Probe:
     def with_others_conditions(self) -> "Probe":
         """The same, where the model is given each sample's neighbour's conditions."""
         other = copy.copy(self)
-        other.rows = self.rows.roll(1)
+        other.asked = self.rows.roll(1)
         return other
+
+    def of(self, x: Tensor, first: int = 0) -> AbstractContextManager[None]:
+        """Within, x are the samples from ``first`` on: a process may have a y for each of the data."""
+        return samples(self.rows[first : first + len(x)], len(self.data))
+
+    def fold(self, values: Tensor) -> Tensor:
+        """Values (n, ...) of the samples as the means of those of one datum, which are not independent."""
+        N = len(self.data)
+        return values if len(values) <= N else values[: len(values) // N * N].unflatten(0, (-1, N)).mean(0)
 
     def state(self, k: int, sde: SDE | None = None, x0: Tensor | None = None, t: float | None = None) -> Tensor:
         """x_t = alpha x_0 + sigma eps of the k-th level, like the data; of another process or other data if given."""
         process, t = sde or self.sde, float(self.times[k]) if t is None else t
-        return process.perturb(self.x0 if x0 is None else x0, t, noise=self.eps[k])
+        x0 = self.x0 if x0 is None else x0
+        with self.of(x0):
+            return process.perturb(x0, t, noise=self.eps[k][: len(x0)])
+
+    def centre(self, x: Tensor, t: Any, sde: SDE | None = None, first: int = 0) -> Tensor:
+        """x less the process's own mean at t."""
+        with self.of(x, first):
+            return (sde or self.sde).centre(x, t)
 
     def ask(self, x: Tensor, clock: Tensor, first: int = 0, graph: bool = False) -> Tensor:
         """What the model says at x (m, *event), of the samples from ``first`` on, at this value of its clock."""
         parts = []
         with torch.set_grad_enabled(graph):
             for part in torch.arange(len(x)).split(self.batch):
-                with samples(self.rows[part + first], len(self.data)):
-                    parts.append(told(self.model, x[int(part[0]) : int(part[-1]) + 1], clock).clone())
+                with samples(self.asked[part + first], len(self.data)):
+                    parts.append(told(self.model, x[int(part[0]) : int(part[-1]) + 1].clone(), clock).clone())
         return torch.cat(parts)
 
     def at_time(self, x: Tensor, t: float, first: int = 0, graph: bool = False) -> Tensor:
@@ -79,7 +102,7 @@ class Probe:
         time = torch.tensor(t, dtype=torch.float64)
         out = self.ask(x, own_clock(self.model, time), first, graph)
         a, b = self._of("x0", time)
-        return a.to(x) * out + b.to(x) * self.sde.centre(x, time)
+        return a.to(x) * out + b.to(x) * self.centre(x, time, first=first)
 
     def said(self, k: int) -> Tensor:
         """What the model itself says at the k-th level."""
@@ -98,14 +121,28 @@ class Probe:
         """(a, b) of that kind of prediction, a output + b x."""
         return express(kind_of(kind, self.sde, t), kind_of(self.model.predicts, self.model.sde, t), *self.at(t))
 
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, t: Tensor, sde: SDE | None = None) -> tuple[Tensor, Tensor]:
         """(alpha, sigma)."""
-        return self.sde.alpha(t), self.sde.sigma(t)
+        return (sde or self.sde).alpha(t), (sde or self.sde).sigma(t)
 
-    def loss(self, x_0: Tensor, k: int, x0: Tensor | None = None) -> Tensor:
-        """|x_0 - data|^2 a number in units of the trivial denoiser's, (n,) in float64."""
-        off = (x_0 - (self.x0 if x0 is None else x0)[: len(x_0)]).double().flatten(1)
-        return off.square().mean(1) / float(self.trivial[k])
+    def loss(self, x_0: Tensor, k: int) -> Tensor:
+        """|x_0 - data|^2 a number in units of the trivial denoiser's, float64, on the CPU, for each of the data."""
+        off = flat(x_0 - self.x0[: len(x_0)])
+        return self.fold(off.square().mean(1)).cpu() / float(self.trivial[k])
+
+
+def flat(x: Tensor) -> Tensor:
+    """x (n, *event) as vectors, float64."""
+    return x.double().reshape(len(x), -1)
+
+
+def chance(values: Tensor, sigmas: float) -> float:
+    """What the mean of independent values may be off by chance, as rarely as a normal number by so many sigmas.
+
+    By Student's t: a deviation that is reckoned from a few values may be much too small.
+    """
+    n = len(values)
+    return float(-stdtrit(n - 1, ndtr(-sigmas)) * float(values.double().std()) / math.sqrt(n))
 
 
 def own_clock(model: Any, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from sdekit.processes.gaussian import VPSDE, CosineVP, HeatODE, RectifiedFlow, S
 from sdekit.processes.sde import SDE
 from sdekit.processes.tables import BetaTable
 
-N = 1000  # the steps that the clocks of discrete models count, where a process does not say
+N = 1000  # the steps that the clocks of discrete models count, where no table says
 
 # The processes of the models that are about: the name under which each is reported, and how it is made.
 PROCESSES: dict[str, Callable[[], SDE]] = {
@@ -29,41 +29,68 @@ PROCESSES: dict[str, Callable[[], SDE]] = {
 
 
 class Clock(NamedTuple):
-    """What a network is told of t: (process, t) -> that, and as it is written for ``as_score(..., time=)``."""
+    """What a network is told of t: its name, (model, process, t) -> that, and the code for ``as_score(..., time=)``."""
 
-    at: Callable[[Any, Tensor], Tensor]
+    name: str
+    at: Callable[[Any, Any, Tensor], Tensor]
     code: str
+    shift: int = 0  # steps that the model's own clock is moved by
 
 
-# Here t stands for t/T where it is counted in steps.
-CLOCKS: dict[str, Clock] = {
-    "t": Clock(lambda sde, t: t, "None"),
-    "1000 t": Clock(lambda sde, t: N * t / sde.T, "lambda t: 1000 * t / sde.T"),
-    "999 t": Clock(lambda sde, t: (N - 1) * t / sde.T, "lambda t: 999 * t / sde.T"),
-    "1000 t - 1 (a table's index from 0)": Clock(
-        lambda sde, t: (N * t / sde.T - 1).clamp_min(0.0), "lambda t: (1000 * t / sde.T - 1).clamp_min(0)"
-    ),
-    "1000 t + 1": Clock(lambda sde, t: N * t / sde.T + 1, "lambda t: 1000 * t / sde.T + 1"),
-    "T - t (time that runs to the data)": Clock(lambda sde, t: sde.T - t, "lambda t: sde.T - t"),
-    "1000 (T - t)": Clock(lambda sde, t: N * (1 - t / sde.T), "lambda t: 1000 * (1 - t / sde.T)"),
-    "sigma": Clock(lambda sde, t: sde.sigma(t), "sde.sigma"),
-    "sigma/alpha": Clock(lambda sde, t: sde.sigma(t) / sde.alpha(t), "lambda t: sde.sigma(t) / sde.alpha(t)"),
-    "log(sigma/alpha)": Clock(lambda sde, t: -sde.half_log_snr(t), "lambda t: -sde.half_log_snr(t)"),
-    "log(sigma/alpha)/4 (EDM's c_noise)": Clock(
-        lambda sde, t: -sde.half_log_snr(t) / 4, "lambda t: -sde.half_log_snr(t) / 4"
-    ),
-    "log-SNR/2": Clock(lambda sde, t: sde.half_log_snr(t), "sde.half_log_snr"),
-    "log-SNR": Clock(lambda sde, t: 2 * sde.half_log_snr(t), "lambda t: 2 * sde.half_log_snr(t)"),
-    "log-SNR/4": Clock(lambda sde, t: sde.half_log_snr(t) / 2, "lambda t: sde.half_log_snr(t) / 2"),
-    "alpha (the root of alphas_cumprod)": Clock(lambda sde, t: sde.alpha(t), "sde.alpha"),
-    "alpha^2 (alphas_cumprod)": Clock(lambda sde, t: sde.alpha(t) ** 2, "lambda t: sde.alpha(t) ** 2"),
-}
-OWN = "the clock as it is"
-# The own clock off by one step of a table of N: steps, and how to mend it.
-SHIFTS = {
-    "as given, one step of 1000 later": (1.0, "lambda t: clock(t + sde.T / 1000), of the clock it has"),
-    "as given, one step of 1000 earlier": (-1.0, "lambda t: clock(t - sde.T / 1000), of the clock it has"),
-}
+OWN = Clock("the clock as it is", lambda model, sde, t: own_clock(model, t), "")
+LEVELS = (
+    Clock("sigma", lambda _, sde, t: sde.sigma(t), "sde.sigma"),
+    Clock("sigma/alpha", lambda _, sde, t: sde.sigma(t) / sde.alpha(t), "lambda t: sde.sigma(t) / sde.alpha(t)"),
+    Clock("log(sigma/alpha)", lambda _, sde, t: -sde.half_log_snr(t), "lambda t: -sde.half_log_snr(t)"),
+    Clock("log(sigma/alpha)/4 (EDM's c_noise)", lambda _, sde, t: -sde.half_log_snr(t) / 4,
+          "lambda t: -sde.half_log_snr(t) / 4"),
+    Clock("log-SNR/2", lambda _, sde, t: sde.half_log_snr(t), "sde.half_log_snr"),
+    Clock("log-SNR", lambda _, sde, t: 2 * sde.half_log_snr(t), "lambda t: 2 * sde.half_log_snr(t)"),
+    Clock("log-SNR/4", lambda _, sde, t: sde.half_log_snr(t) / 2, "lambda t: sde.half_log_snr(t) / 2"),
+    Clock("alpha (the root of alphas_cumprod)", lambda _, sde, t: sde.alpha(t), "sde.alpha"),
+    Clock("alpha^2 (alphas_cumprod)", lambda _, sde, t: sde.alpha(t) ** 2, "lambda t: sde.alpha(t) ** 2"),
+)  # fmt: skip
+
+
+def steps_of(sde: SDE) -> int:
+    """Those of its table; 1000 of a process that has none."""
+    times = getattr(sde, "times", None)
+    return len(times) if isinstance(times, Tensor) else N
+
+
+def clocks(sde: SDE) -> list[Clock]:
+    """Those that networks of a process are told: its time, and that in steps, and levels of noise."""
+    found = [Clock("t", lambda _, sde, t: t, "None"), Clock("T - t (time that runs to the data)",
+             lambda _, sde, t: sde.T - t, "lambda t: sde.T - t")]  # fmt: skip
+    for n in {N: None, steps_of(sde): None}:
+        found += [
+            Clock(f"{n} t", partial(_counted, n, 0), f"lambda t: {n} * t / sde.T"),
+            Clock(f"{n - 1} t", partial(_counted, n - 1, 0), f"lambda t: {n - 1} * t / sde.T"),
+            Clock(f"{n} t - 1 (a table's index from 0)", partial(_counted, n, -1),
+                  f"lambda t: ({n} * t / sde.T - 1).clamp_min(0)"),
+            Clock(f"{n} t + 1", partial(_counted, n, 1), f"lambda t: {n} * t / sde.T + 1"),
+            Clock(f"{n} (T - t)", partial(_counted, -n, n), f"lambda t: {n} * (1 - t / sde.T)"),
+        ]  # fmt: skip
+    return [*found, *LEVELS]
+
+
+def shifts(sde: SDE) -> list[Clock]:
+    """The own clock off by a step of the process's table, either way."""
+    n = steps_of(sde)
+    return [
+        Clock(f"as given, one step of {n} {way}", partial(_shifted, k / n),
+              f"lambda t: clock((t {sign} sde.T / {n}).clamp(0, sde.T)), of the clock it has", k)
+        for k, way, sign in ((1, "later", "+"), (-1, "earlier", "-"))
+    ]  # fmt: skip
+
+
+def _counted(times: int, plus: int, model: Any, sde: SDE, t: Tensor) -> Tensor:
+    """t/T in steps."""
+    return (times * t / sde.T + plus).clamp_min(0.0)
+
+
+def _shifted(by: float, model: Any, sde: SDE, t: Tensor) -> Tensor:
+    return own_clock(model, (t + by * sde.T).clamp(0.0, sde.T))
 
 
 class Transform(NamedTuple):
@@ -116,7 +143,7 @@ class Reading:
 
     predicts: str
     factor: float = 1.0
-    clock: str = OWN
+    clock: Clock = OWN
     process: str | None = None
     transform: Transform | None = None
 
@@ -130,15 +157,6 @@ class Reading:
     def __str__(self) -> str:
         factor = "" if self.factor == 1 else "minus " if self.factor == -1 else f"{1 / self.factor:.3g} times "
         text = f"it predicts {factor}{self.predicts}"
-        text += "" if self.clock == OWN else f" on the clock {self.clock}"
+        text += "" if self.clock == OWN else f" on the clock {self.clock.name}"
         text += "" if self.process is None else f" of {self.process}"
         return text if self.transform is None else f"{text}, and was trained on {self.transform.name}"
-
-
-def clock_of(name: str, model: Any, sde: SDE, t: Tensor) -> Tensor:
-    """What a network is told of the process's t, under that name; of the model's own clock or shifted from it."""
-    if name == OWN:
-        return own_clock(model, t)
-    if name in SHIFTS:
-        return own_clock(model, (t + SHIFTS[name][0] * sde.T / N).clamp(0.0, sde.T))
-    return CLOCKS[name].at(sde, t)

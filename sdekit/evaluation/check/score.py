@@ -8,14 +8,16 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.evaluation.check.denoiser import ROUGH, conditions, consistency, loss, memory, residual, slopes
 from sdekit.evaluation.check.identify import Identified, identify
-from sdekit.evaluation.check.probe import Probe
-from sdekit.evaluation.check.readings import CLOCKS, OWN, SHIFTS, Reading
+from sdekit.evaluation.check.probe import Probe, own_clock, told
+from sdekit.evaluation.check.readings import OWN, Reading
 from sdekit.evaluation.report import Figure, Line, Report, Verdict
 from sdekit.processes.counted import as_model
 from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.processes.law import require_same
 from sdekit.processes.sde import SDE
 from sdekit.system import Score
+
+FEW = 32  # samples of data
 
 
 def check_score(
@@ -50,6 +52,9 @@ def check_score(
     Raises ValueError or TypeError for arguments that are no process, score or data, and for a score of another process;
     what goes wrong in the model itself is a line that fails.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # the Jacobian needs a gradient
+            return check_score(sde, score, data.clone(), samples=samples, batch=batch, seed=seed, search=search)
     _checks.instance(sde)
     data = _checks.state(data, "data").detach()
     if len(data) < 2:
@@ -62,19 +67,21 @@ def check_score(
         "levels": [float(f"{r:.4g}") for r in probe.r], "samples": samples, "seed": seed,
     }  # fmt: skip
     title = f"check_score: a model that predicts {model.predicts}, under {type(sde).__name__}"
+    denoised: list[Tensor] = []
     try:
         lines = _answers(probe)
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if all(line.verdict != "fail" for line in lines):
+            denoised = [probe.denoised(k) for k in range(len(probe.r))]
+    except Exception as error:  # of the user's network, whatever it be
         what = "look at what network(x, t) takes and returns: as_score(..., time=, output=), score.given(...)"
         lines = [Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what)]
-    figures: list[Figure] = []
-    if all(line.verdict != "fail" for line in lines):
-        denoised = [probe.denoised(k) for k in range(len(probe.r))]
+    figures, found = [], ""
+    if denoised:
         losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
         lines += [
             loss(probe, losses),
             memory(probe, losses),
-            *conditions(probe, losses),
+            *conditions(probe, denoised, losses),
             *residual(probe, denoised),
             *slopes(probe, denoised, seed),
             consistency(probe, seed),
@@ -82,12 +89,12 @@ def check_score(
         figures.append(
             _figure({"the model": (probe.r, losses.mean(1)), "trivial": (probe.r, torch.ones(len(probe.r)))})
         )
-    found = ""
     if search and all(line.verdict != "fail" for line in lines if line.name in ("repeatable", "alone")):
         identified = identify(probe)
         mean: Verdict = next((line.verdict for line in lines if line.name == "mean"), "pass")
-        line, found = _reading(identified, model.predicts, mean)
-        lines.append(line)
+        if identified.best.levels:  # else nobody got an answer, as the first line says
+            line, found = _reading(identified, model.predicts, mean)
+            lines.append(line)
         if identified.accused:
             r = identified.probe.r
             both = {"as given": identified.own, "read otherwise": identified.best}
@@ -101,25 +108,27 @@ def _figure(curves: dict[str, tuple[Tensor, Tensor]]) -> Figure:
 
 
 def _answers(probe: Probe) -> list[Line]:
-    """Finite at both ends, repeatable, and no sample of another."""
-    ends, blind = [], probe.model.predicts in BLIND and float(probe.sde.alpha(probe.sde.T)) == 0
-    for t in (probe.sde.t_min, probe.sde.T):
-        x = probe.state(0, t=t)[:16]
-        ends.append(bool(torch.isfinite(probe.at_time(x, t)).all()))
-    k = len(probe.r) // 2
-    x = probe.state(k)[:16]
-    t = float(probe.times[k])
+    """Finite at both ends, the same twice, no sample of another, and x left as it is."""
+    sde, k, lines = probe.sde, len(probe.r) // 2, []
+    bad = []
+    for name, time in (("t_min", sde.t_min), *(("t", float(t)) for t in probe.times), ("T", sde.T)):
+        out = probe.ask(probe.state(0, t=time)[:16], own_clock(probe.model, torch.tensor(time, dtype=torch.float64)))
+        bad += [] if bool(torch.isfinite(out).all()) else [f"{name} = {time:g}"]
+    lines.append(
+        Line("finite", "fail", float(len(bad)), f"NaN or infinite at {' and '.join(bad)}", "raise t_min or lower T, or "
+             "look for a division by 0 or an overflow of half precision in the network")
+        if bad else Line("finite", "pass", 0.0, "finite from t_min to T")
+    )  # fmt: skip
+    x, t = probe.state(k)[:16], float(probe.times[k])
+    given = x.clone()
+    with probe.of(x):
+        told(probe.model, given, own_clock(probe.model, probe.times[k]))
+    lines.append(
+        Line("input", "pass", 0.0, "the network leaves x as it is") if torch.equal(given, x) else
+        Line("input", "fail", 1.0, "the network writes into x, which solvers go on with",
+             "begin its forward with x = x.clone(), or take what it does in place out")
+    )  # fmt: skip
     out = probe.at_time(x, t)
-    finite = all(ends) and bool(torch.isfinite(out).all())
-    where = (
-        "" if finite else f" at t = {probe.sde.t_min:g}" * (not ends[0]) + f" at T = {probe.sde.T:g}" * (not ends[1])
-    )
-    remedy = "raise t_min or lower T, or look for a division by 0 or an overflow of half precision in the network"
-    remedy = zero_signal(probe.sde, probe.model.predicts) if blind else remedy
-    lines = [
-        Line("finite", "pass" if finite else "fail", float(sum(ends)), f"{'finite' if finite else 'NaN or infinite'}"
-             f"{where or ' from t_min to T'}", "" if finite else remedy)
-    ]  # fmt: skip
     size = float(out.double().square().mean().sqrt()) or 1.0
     again = float((probe.at_time(x, t) - out).double().abs().max()) / size
     lines.append(
@@ -133,13 +142,19 @@ def _answers(probe: Probe) -> list[Line]:
              "" if near else "samples of a batch see each other: network.eval() for batch norm; attention or a norm "
              "over the batch axis is a defect of the network")
     )  # fmt: skip
+    if probe.model.predicts in BLIND and float(sde.alpha(sde.T)) == 0:
+        said = zero_signal(sde, probe.model.predicts)
+        lines.append(Line("start", "warn", sde.T, "no sampler can start from T", said))
+    if len(probe.data) < FEW:
+        lines.append(Line("data", "warn", float(len(probe.data)), f"{len(probe.data)} samples tell little but what is "
+                          "grossly wrong", "give a hundred or more"))  # fmt: skip
     return lines
 
 
 def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
     """Whether another reading fits better than the model's own; ``mean``: the verdict on the residual's."""
     own, best = found.own, found.best
-    if mean != "pass" and (not found.accused or best.reading.clock in SHIFTS):  # rough weights err at every clock
+    if mean != "pass" and (not found.accused or best.reading.clock.shift):  # rough weights err at every clock
         text = f"no other reading explains it, loss {own.loss:.3g}, but what is left has a mean"
         return Line("reading", mean, 1.0, text, ROUGH), ROUGH
     if not found.accused:
@@ -148,14 +163,15 @@ def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
             return Line("reading", "pass", 1.0, text), ""
         remedy = "no prediction, clock, process or scale explains it: train longer, or it is of other data"
         return Line("reading", "warn", 1.0, text, remedy), ""
-    text = f"{best.reading}: loss {best.loss:.3g}, and {own.loss:.3g} as given"
+    left = best.beside(own)
+    text = f"{best.reading}: loss {left:.3g}, and {own.loss:.3g} as given"
     others = [fit for fit in found.others if not torch.allclose(fit.losses, best.losses, rtol=1e-4, equal_nan=True)]
     same = [str(fit.reading).removeprefix("it predicts ") for fit in others[:3]]
     if same:
         text += f" (these data cannot tell that from: {'; '.join(same)})"
     if not found.fits(best):
         text = f"nothing fits; nearest, {text}"
-    return Line("reading", "fail", own.loss / best.loss, text, _advice(best.reading, name)), str(best.reading)
+    return Line("reading", "fail", own.loss / left, text, _advice(best.reading, name)), str(best.reading)
 
 
 def _advice(reading: Reading, name: str) -> str:
@@ -166,7 +182,7 @@ def _advice(reading: Reading, name: str) -> str:
     if reading.process is not None:
         said.append(f"sde={reading.process.split(' (')[0]}")
     if reading.clock != OWN:
-        said.append(f"time={SHIFTS[reading.clock][1] if reading.clock in SHIFTS else CLOCKS[reading.clock].code}")
+        said.append(f"time={reading.clock.code}")
     text = f"as_score(network, {', '.join(said)})" if said else ""
     if reading.factor != 1:
         text += f"{', and ' if text else ''}multiply what the network returns by {reading.factor:.3g} (output=)"
