@@ -228,7 +228,7 @@ def planted() -> list[Planted]:
         ("mixture", "data doubled", ("times 0.5",), lambda: closed().case(data=2 * closed().data)),
         ("mixture", "latents not scaled", ("times 0.18215",), lambda: closed().case(data=closed().data / 0.18215)),
         ("mixture of three channels", "channels in another order", ("2, 1, 0",), swapped),
-        ("eps_conditional", "labels of other samples", ("conditions of other samples (their order)",), labels_of_others),
+        ("eps_conditional", "labels of other samples", ("their order",), labels_of_others),
     ]  # fmt: skip
     return [
         *common("bundled", bundled, "v", ("eps", "x0", "flow")),

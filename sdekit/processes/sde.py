@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
+from sdekit.processes.inverse import Inverse
 from sdekit.processes.reverse import Reverse
-from sdekit.system import NOTHING, Coefficients, Score, System, Time, as_time, expand, float64, holds
+from sdekit.system import Coefficients, Score, System, Time, as_time, expand, holds
 
 
 def _schedule(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Time], Tensor]:
@@ -160,35 +161,7 @@ class SDE(System):
         A table of times, then Newton's method between two of them, with a bisection wherever it would leave them.
         Raises ValueError where lam is not reached in [0, T].
         """
-        device = lam.device if isinstance(lam, Tensor) else torch.device("cpu")
-        lam = torch.as_tensor(lam, dtype=torch.float64, device="cpu")
-        times = self.T * torch.logspace(-30, 0, 4096, dtype=torch.float64)
-        levels = self.half_log_snr(torch.cat([torch.zeros(1), times]))
-        first, table, last = levels[0], levels[1:], levels[-1]
-        last = torch.where(last < math.log(NOTHING), -math.inf, last)
-        slack = 1e-9 * (1 + lam.abs().nan_to_num(0.0, 0.0))
-        wrong = ~((lam <= first + slack) & (lam >= last - slack))  # so that NaN is wrong too
-        if bool(wrong.any()):
-            ends, got = f"[{float(last):g}, {float(first):g}]", float(lam[wrong].flatten()[0])
-            raise ValueError(f"lam must lie in {ends}, the half log-SNR of {type(self).__name__}, got {got:g}")
-        i = torch.searchsorted(-table, -lam).clamp(1, len(times) - 1)
-        low, high = times[i - 1], times[i]
-        t = low + (high - low) * ((table[i - 1] - lam) / (table[i - 1] - table[i])).nan_to_num(0.5).clamp(0, 1)
-        done = torch.zeros_like(t, dtype=torch.bool)
-        for _ in range(100):
-            # The slope only sets the pace, and a quotient has it to seven digits at a fraction of a derivative's cost.
-            near = t * (1 - 1e-7)
-            here, there = self.half_log_snr(torch.stack([t, near]).flatten()).reshape(2, *t.shape)
-            off = here - lam
-            low, high = torch.where(off > 0, t, low), torch.where(off > 0, high, t)
-            newton = t - off * (t - near) / (here - there)
-            inside = (newton >= low) & (newton <= high)
-            t = torch.where(done, t, torch.where(inside, newton, (low + high) / 2))
-            done = done | (inside & (off.abs() < 1e-8)) | (high - low <= 1e-15 * high)
-            if done.all():
-                break
-        t = torch.where(torch.isneginf(lam), self.T, t)
-        return t.to(device, float64(device))
+        return Inverse(self)(lam)
 
     def perturb(self, x0: Tensor, t: Time, *, seed: int | None = None, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t = alpha(t) x_0 + sigma(t) noise, like x0; ``noise`` is of :meth:`unit_noise` unless given."""

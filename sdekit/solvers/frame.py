@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from sdekit.processes.counted import Moment
+from sdekit.processes.inverse import Inverse
 from sdekit.processes.kinds import Kind
 from sdekit.processes.reverse import Reverse, batch_time
+from sdekit.processes.sde import SDE
 from sdekit.system import Levels, expand
 
 
@@ -34,12 +36,15 @@ class FlowFrame:
         self._first, self._last = float(t.min()), float(t.max())
         lv = self.system.levels(t.cpu())
         self._lam = float(lv.lam.min()), float(lv.lam.max())
+        sde = self.system.sde
+        plain = getattr(type(sde), "inverse_half_log_snr", None) is SDE.inverse_half_log_snr
+        self._time_of = Inverse(sde) if plain else sde.inverse_half_log_snr
         return lv.sigma / (lv.alpha + lv.sigma)
 
     def time(self, u: Tensor) -> Tensor:
         """t of u, never a rounding beyond the ends; on the CPU."""
         lam = torch.log((1 - u) / u).cpu().clamp(*self._lam)  # 1 - u has few digits left where alpha is small
-        return self.system.sde.inverse_half_log_snr(lam).clamp(self._first, self._last)
+        return self._time_of(lam).clamp(self._first, self._last)
 
     def levels(self, u: Tensor) -> Levels:
         """The process at u."""
