@@ -1,7 +1,7 @@
 """Does check_score find what is wrong with a model, and leave right ones alone?
 
     pip install -e ".[benchmarks,diffusers]"
-    python benchmarks/trust.py            # 42 planted mistakes, 22 right models: ten minutes on a thread
+    python benchmarks/trust.py            # 53 planted mistakes, 24 right models: fifteen minutes on a thread
     python benchmarks/trust.py --quick    # does it run? three of each
 
 Protocol: three models (the bundled digits model, which predicts v on the clock t of VPSDE(); the trained diffusers
