@@ -252,25 +252,25 @@ def test_a_classifier_is_no_score(tmp_path, capsys):
 
 def test_calibrate_and_compare(tmp_path, capsys):
     """Fitted a little, kept, compared; and compared again with it beside the rows."""
+    paths = {"score": tmp_path / "s.safetensors", "fit": tmp_path / "new" / "three.json", "out": tmp_path / "c.json"}
+    save_checkpoint(paths["score"], build("MLP", dim=2, width=8, layers=1), VPSDE(), "v", event=(2,))
     flags = "--nfe 3 --noises 8 --iterations 2 --batch 4 --seed 1 --device cpu"
-    run(f"calibrate {{score}} {flags} --out {{out}}", score=DIGITS, out=tmp_path / "new" / "three.json")
-    printed = capsys.readouterr().out
-    assert "of the best fixed row's" in printed
-    fitted = load_calibration(tmp_path / "new" / "three.json")
-    assert fitted.nfe == 3
-    flags = "--nfe 3 --number 8 --seconds 60 --features digits --device cpu"
-    paths = {"cal": tmp_path / "new" / "three.json", "out": tmp_path / "c.json"}
-    run(f"compare {{score}} {flags} --calibration {{cal}} --out {{out}}", score=DIGITS, **paths)
+    run(f"calibrate {{score}} {flags} --out {{fit}}", **paths)
+    assert "of the best fixed row's" in capsys.readouterr().out
+    assert load_calibration(paths["fit"]).nfe == 3
+    flags = "--nfe 3 --number 8 --seconds 60 --device cpu"
+    run(f"compare {{score}} {flags} --calibration {{fit}} --out {{out}}", **paths)
     printed = capsys.readouterr().out
     assert "| three.json |" in printed
     assert "best: " in printed
-    read = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
-    assert read["settings"]["samples"] == 8
-    assert read["settings"]["distance"] == "Fréchet distance of features"
+    assert json.loads(paths["out"].read_text(encoding="utf-8"))["settings"]["samples"] == 8
 
 
 def test_compare_of_a_label_with_guidance(capsys):
-    run("compare {score} --label 3 --guidance 2 --nfe 4 --number 4 --seconds 60 --device cpu", score=CONDITIONAL)
+    run(
+        "compare {score} --label 3 --guidance 2 --nfe 3 --number 2 --features digits --seconds 60 --device cpu",
+        score=CONDITIONAL,
+    )
     assert "best: " in capsys.readouterr().out
 
 
