@@ -71,9 +71,14 @@ with torch.no_grad():
     few = x[::18]  # 100 digits
     eps = Noise(torch.empty(8, len(few), LATENT), 1).normal()
     rest, plain, learned = (torch.stack(y) for y in zip(*(terms(few, e) for e in eps), strict=True))
+bounds = {}
 for name, prior in (("N(0, I)", plain), ("diffusion", learned)):
-    elbo, weighted = (rest + prior).mean(), ((rest + prior).logsumexp(0) - math.log(len(eps))).mean()
-    print(f"prior {name}: bound {float(elbo):.2f} nats, importance-weighted {float(weighted):.2f}")
+    bounds[name] = float((rest + prior).mean())
+    weighted = float(((rest + prior).logsumexp(0) - math.log(len(eps))).mean())
+    print(
+        f"prior {name}: bound {bounds[name]:.2f} nats; the importance-weighted one is {weighted - bounds[name]:.2f} above"
+    )
+print(f"the diffusion gains {bounds['diffusion'] - bounds['N(0, I)']:.2f} nats")
 
 judge = KNeighborsClassifier(1).fit(x, labels)
 asked = torch.arange(10).repeat_interleave(20)

@@ -80,11 +80,11 @@ def row(name, value, unit, seconds=None):
 
 
 torch.manual_seed(0)
-data, held_out = moons(20000, 0), moons(2000, 1)
+data, held_out = moons(20000, 0), moons(1000, 1)
 panels = {"data": held_out}
 
 nice = Nice(2, 8, 64)
-seconds = fit(lambda step: -nice.log_prob(batch(data, step, 256)).mean(), list(nice.parameters()), 2000, 3e-3)
+seconds = fit(lambda step: -nice.log_prob(batch(data, step, 256)).mean(), list(nice.parameters()), 1200, 4e-3)
 with torch.no_grad():
     row("moons, NICE", float(nice.log_prob(held_out).mean()), "nats", seconds)
     panels["NICE"] = nice.inverse(Noise(held_out, 2).normal())
@@ -98,18 +98,18 @@ flow = RectifiedFlow()  # any network that says a velocity is a continuous flow
 velocity = build("MLP", dim=2, width=64, layers=2)
 ode = as_score(velocity, flow, predicts="flow")
 likelihood = lambda x: log_likelihood(flow, ode, x, rtol=3e-2, atol=3e-2, differentiable=True).log_prob  # noqa: E731
-seconds = fit(lambda step: -likelihood(batch(data, step, 256)).mean(), list(velocity.parameters()), 80, 1e-2)
+seconds = fit(lambda step: -likelihood(batch(data, step, 256)).mean(), list(velocity.parameters()), 50, 1.5e-2)
 row(
     "moons, continuous flow",
     float(log_likelihood(flow, ode, held_out, rtol=1e-3, atol=1e-3).log_prob.mean()),
     "nats",
     seconds,
 )
-panels["continuous flow"] = ode_sample(flow, ode, (2000, 2), rtol=1e-3, atol=1e-3, seed=2)
+panels["continuous flow"] = ode_sample(flow, ode, (1000, 2), rtol=1e-3, atol=1e-3, seed=2)
 
 sde, start = VPSDE(), time.perf_counter()
 trained = train(
-    build("MLP", dim=2, width=128, layers=3), sde, data, predicts="v", steps=2000, batch=256, lr=4e-3
+    build("MLP", dim=2, width=128, layers=3), sde, data, predicts="v", steps=1500, batch=256, lr=4e-3
 ).network
 score, seconds = as_score(trained, sde, predicts="v"), time.perf_counter() - start
 row(
@@ -118,7 +118,7 @@ row(
     "nats",
     seconds,
 )
-panels["diffusion's flow"] = ode_sample(sde, score, (2000, 2), rtol=1e-3, atol=1e-3, seed=2)
+panels["diffusion's flow"] = ode_sample(sde, score, (1000, 2), rtol=1e-3, atol=1e-3, seed=2)
 
 digits = load_data("digits")
 levels = ((digits.items + 1) * 8).round().flatten(1)  # (1797, 64), 0 ... 16
@@ -142,7 +142,7 @@ pixels = Nice(64, 6, 128)
 seconds = fit(
     lambda step: -pixels.log_prob(smooth(batch(some, step, 250), step)).mean() / 64,
     list(pixels.parameters()),
-    1000,
+    700,
     2e-3,
 )
 row("digits, NICE", bits(pixels, some), "bits a pixel on what it saw", seconds)
@@ -152,7 +152,7 @@ process.t_min = float(process.inverse_half_log_snr(torch.tensor(24.0).log()))  #
 found = bits_per_dim(
     process,
     model,
-    levels[:64].reshape(-1, 1, 8, 8).long(),
+    levels[:32].reshape(-1, 1, 8, 8).long(),
     levels=17,
     data_range=(-1.0, 1.0),
     dtype=torch.float32,

@@ -15,7 +15,7 @@ from torch import nn
 from sdekit import VPSDE, as_score, sample
 from sdekit.training import EMA
 
-DAYS, NOISE = 10, 0.02
+DAYS, NOISE = 10, 0.05
 
 
 def simulate(theta, noise):
@@ -77,26 +77,27 @@ for level in (0.5, 0.9):
     chance = (level * (1 - level) / E / 2) ** 0.5
     print(f"the truth lies in the {level:.0%} interval in {inside:.3f} of {2 * E} cases (chance: {chance:.3f})")
 
-# The first epidemic's posterior, by quadrature on a grid: prior times likelihood.
-axis = torch.linspace(-3, 3, 161)
+# The posterior of one of them by quadrature on a grid, prior times likelihood: of the one that is told most about.
+one = int(measured.amax(1).argsort()[-20])
+axis = torch.linspace(-3, 3, 401)
 mesh = torch.cartesian_prod(axis, axis)
-log_p = -0.5 * ((simulate(mesh, torch.zeros(())) - measured[0]) / NOISE).square().sum(1) - 0.5 * mesh.square().sum(1)
+log_p = -0.5 * ((simulate(mesh, torch.zeros(())) - measured[one]) / NOISE).square().sum(1) - 0.5 * mesh.square().sum(1)
 p = log_p.softmax(0)
 mean = (p[:, None] * mesh).sum(0)
 std = (p[:, None] * (mesh - mean).square()).sum(0).sqrt()
-off = ((draws[0].mean(0) - mean) / std).abs().max()
-print(f"first epidemic: the mean is off by {float(off):.2f} standard deviations, "
-      f"spreads by a factor of {float((draws[0].std(0) / std).log().abs().max().exp()):.2f}")  # fmt: skip
+off = ((draws[one].mean(0) - mean) / std).abs().max()
+print(f"one epidemic: the mean is off by {float(off):.2f} standard deviations, "
+      f"spreads by a factor of {float((draws[one].std(0) / std).log().abs().max().exp()):.2f}")  # fmt: skip
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 days = range(1, DAYS + 1)
-left.plot(days, simulate(draws[0, :60], torch.zeros(())).T, color="tab:blue", lw=0.5, alpha=0.4)
-left.plot(days, measured[0], "ko", ms=4, label="measured")
+left.plot(days, simulate(draws[one, :60], torch.zeros(())).T, color="tab:blue", lw=0.5, alpha=0.4)
+left.plot(days, measured[one], "ko", ms=4, label="measured")
 left.set(title="what draws of the posterior predict", xlabel="day", ylabel="infected share")
 left.legend()
-middle.contour(axis, axis, p.reshape(161, 161).T, colors="0.3", linewidths=0.9)
-middle.plot(*draws[0].T, ".", ms=3, alpha=0.6, label="draws")
-middle.plot(*truth[0], "r+", ms=12, mew=2, label="truth")
+middle.contour(axis, axis, p.reshape(401, 401).T, colors="0.3", linewidths=0.9)
+middle.plot(*draws[one].T, ".", ms=3, alpha=0.6, label="draws")
+middle.plot(*truth[one], "r+", ms=12, mew=2, label="truth")
 span = [(float(m - 5 * s), float(m + 5 * s)) for m, s in zip(mean, std, strict=True)]
 middle.set(title="its posterior (lines: exact)", xlabel="log infection rate, scaled",
            ylabel="log recovery rate, scaled", xlim=span[0], ylim=span[1])  # fmt: skip
