@@ -75,9 +75,8 @@ bounds = {}
 for name, prior in (("N(0, I)", plain), ("diffusion", learned)):
     bounds[name] = float((rest + prior).mean())
     weighted = float(((rest + prior).logsumexp(0) - math.log(len(eps))).mean())
-    print(
-        f"prior {name}: bound {bounds[name]:.2f} nats; the importance-weighted one is {weighted - bounds[name]:.2f} above"
-    )
+    above = weighted - bounds[name]
+    print(f"prior {name}: bound {bounds[name]:.2f} nats; the importance-weighted one is {above:.2f} above")
 print(f"the diffusion gains {bounds['diffusion'] - bounds['N(0, I)']:.2f} nats")
 
 judge = KNeighborsClassifier(1).fit(x, labels)

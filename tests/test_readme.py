@@ -184,7 +184,8 @@ PRINTS = {
                 (r"DDIM, 10 steps: Fréchet distance ([\d.]+)", 4.6, 1.5), (r"= ([\d.]+) bits a pixel", 3.7, 0.4)],
     "score_matching.py": [(r"explicit: score off by ([\d.]+)", 0.06, 0.03),
                           (r"denoising: score off by ([\d.]+)", 0.15, 0.05),
-                          (r"implicit: score off by ([\d.]+)", 0.2, 0.06), (r"sliced: score off by ([\d.]+)", 0.22, 0.06),
+                          (r"implicit: score off by ([\d.]+)", 0.2, 0.06),
+                          (r"sliced: score off by ([\d.]+)", 0.22, 0.06),
                           (r"differences: score off by ([\d.]+)", 0.23, 0.06)],
     "sde_family.py": [*((rf"churn {c}: marginals off by ([\d.]+)", 0.0, 0.0185) for c in ("0", "0.5", "1", "1.5")),
                       (r"within ([\d.e-]+)", 0.0, 1e-6)],  # 2.6/N^.5: a false alarm in 1e-5, of one seed that passes
