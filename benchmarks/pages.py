@@ -1,6 +1,6 @@
 """Write every table and every measured number of the pages anew, from benchmarks/results.
 
-    python benchmarks/pages.py            # rewrites README.md, benchmarks/README.md and benchmarks/CHOOSING.md
+    python benchmarks/pages.py            # rewrites README.md, those of benchmarks and of evaluation, CHOOSING.md
     python benchmarks/pages.py --check    # changes nothing; exits 1 and names the pages that would change
 
 In a page a block is what follows ``<!-- table:NAME -->`` or ``<!-- numbers:NAME -->`` and an empty line, up to the next
@@ -19,6 +19,7 @@ from collections.abc import Callable
 import adaptive
 import bits_per_dim
 import choosing
+import compare_digits
 import diffusers_unet
 import likelihood
 import network_overhead
@@ -32,12 +33,13 @@ import peers
 import poisson
 import posterior
 import training
+import trust
 from choosing import slashed
 from page_data import ROOT, distances, entries, rows
 from peers_figure import Entry, best_of, cell, rows_of, same_name_table
 from tables import markdown
 
-PAGES = ("README.md", "benchmarks/README.md", "benchmarks/CHOOSING.md")
+PAGES = ("README.md", "benchmarks/README.md", "benchmarks/CHOOSING.md", "sdekit/evaluation/README.md")
 BLOCK = re.compile(r"(<!-- (?:table|numbers):(\w+) -->\n\n)(.*?)(?=\n\n|\n?\Z)", re.S)
 
 # Rows that the pages show, of the many in the CSVs; what a CSV lacks is left out.
@@ -230,6 +232,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table:posterior_coverage": lambda: posterior.coverage_table(rows("posterior_coverage")),
     "table:posterior_particles": lambda: posterior.particles_table(rows("posterior_particles")),
     "numbers:posterior": posterior_numbers,
+    "table:trust": lambda: trust.table(rows("trust")),
+    "numbers:trust": lambda: trust.summary(rows("trust")),
+    "table:compare": lambda: compare_digits.table(rows("compare")),
     "table:choosing_networks": choosing.networks,
     "table:choosing_samples": choosing.samples,
     "numbers:choosing_floor": choosing.floor,

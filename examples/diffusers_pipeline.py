@@ -28,7 +28,7 @@ draws["unipc_2, 8 steps"] = images(8)
 pipe.scheduler = Scheduler.from_config(own, sampler="sa_solver")
 draws["sa_solver, 25 steps"] = images(25)
 sde, score = from_diffusers(pipe.unet, own)
-four = calibrate(sde, score, (16, 1, 8, 8), nfe=4, noises=256, iterations=100, seed=1)
+four = calibrate(sde, score, (16, 1, 8, 8), nfe=4, noises=64, iterations=60, seed=1)
 pipe.scheduler = Scheduler.from_config(own, calibration=four)
 draws["calibrated to the model, 4 steps"] = images(4)
 

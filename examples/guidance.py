@@ -14,8 +14,8 @@ from sdekit import guidance, load_pretrained, sample
 from sdekit.training import build, classification, load_checkpoint, load_data, train
 
 digits = load_data("digits")
-NONE, each, scales = 10, 40, (0.0, 1.0, 2.0, 4.0)  # label 10 stands for none: a tenth of its training had no other
-labels = torch.arange(10).repeat_interleave(each)  # (400,), each sample's own; they go where the samples go
+NONE, each, scales = 10, 25, (0.0, 1.0, 2.0, 4.0)  # label 10 stands for none: a tenth of its training had no other
+labels = torch.arange(10).repeat_interleave(each)  # (250,), each sample's own; they go where the samples go
 judge = KNeighborsClassifier(1).fit(digits.items.flatten(1), digits.labels)  # which of 1797 real digits is nearest?
 
 sde, score = load_checkpoint(Path(__file__).parents[1] / "benchmarks" / "networks" / "eps_conditional.safetensors")

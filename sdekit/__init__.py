@@ -1,6 +1,9 @@
 """sdekit: SDE and ODE solvers for diffusion models, with any score, checked against closed forms."""
 
+import sys
+
 from sdekit import posterior
+from sdekit.evaluation import check
 from sdekit.evaluation.check import check_process, check_rule, check_score
 from sdekit.evaluation.compare import compare
 from sdekit.evaluation.comparison import Comparison
@@ -56,6 +59,9 @@ from sdekit.system import System
 
 __version__ = "0.1.0"
 
+# Two names of the surface are modules within a room: `from sdekit.guidance import classifier_free` finds them, too.
+sys.modules.update({f"{__name__}.guidance": guidance, f"{__name__}.check": check})
+
 __all__ = [
     "GRIDS",
     "SAMPLERS",
@@ -92,6 +98,7 @@ __all__ = [
     "as_score",
     "bits_per_dim",
     "calibrate",
+    "check",
     "check_process",
     "check_rule",
     "check_score",

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from sdekit import SDE, VESDE, VPSDE, GaussianMixture, HeatODE, SubVPSDE
+from sdekit import SDE, VESDE, VPSDE, AffineSDE, GaussianMixture, HeatODE, SubVPSDE
 from tests import oracle
 
 torch.set_num_threads(1)  # the tests run in parallel processes
@@ -46,6 +46,7 @@ PROCESSES = {
     "heat_squared": lambda: HeatODE(lambda t: t**2, T=9.0),
     "cosine": CosineVP,
     "flow": Flow,
+    "affine": lambda: AffineSDE(lambda t: torch.cos(3 * t) - 1.2, lambda t: 1 + 2 * t, T=2.0),
 }
 
 

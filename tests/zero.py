@@ -114,7 +114,7 @@ def mixture_network(mixture, sde, predicts):
 
     def says(x, t):
         a, s = sde.alpha(t.double()), sde.sigma(t.double())
-        minus_score, x0 = mixture._score(x, a, s)
+        minus_score, x0 = mixture._mean(x, a, s, 0.0, 1.0), mixture._mean(x, a, s, 1.0, 0.0)
         a, s = a[:, None], s[:, None]
         eps = s * minus_score
         m, n = (y[:, None] for y in sde.velocity(t.double()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.models.derived import Under
 from sdekit.noise.keyed import Noise
 from sdekit.processes.law import require_white
 from sdekit.processes.sde import SDE
@@ -42,6 +43,9 @@ class GaussianMixture:
 
     def _set(self, means: Tensor, ev: Tensor, u: Tensor, weights: Tensor) -> None:
         self.means, self.eigenvalues, self.eigenvectors, self.weights = means, ev, u, weights
+        # All components' eigenvectors side by side, (D, K D), so that one product turns x into every one's frame.
+        self._frames = u.transpose(0, 1).flatten(1)
+        self._turned = (means.unsqueeze(1) @ u).squeeze(1)
 
     @property
     def covs(self) -> Tensor:
@@ -136,29 +140,34 @@ class GaussianMixture:
         """
         return MixtureScore(self, sde)
 
-    def _score(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Minus the score (B, D), and E[x_0|x] (B, D), float64; each is exact at both ends of the noise levels."""
+    def _mean(self, x: Tensor, a: Tensor, s: Tensor, m: Any, n: Any) -> Tensor:
+        """m E[x_0|x] - n grad log p(x), (B, D), float64; each of the two is exact at both ends of the noise levels.
+
+        m and n are numbers, or like a and s: () or (B,).
+        """
         log_r, z, v = self._parts(x, a, s)
-        r, u = log_r.softmax(1), self.eigenvectors.to(z)
-        out = torch.einsum("bkj,kdj,bk->bd", z / v, u, r)
-        gain = a.to(z).reshape(-1, 1, 1) * self.eigenvalues.to(z) / v  # of the component's posterior mean
-        x_0 = torch.einsum("bkj,kdj,bk->bd", gain * z, u, r) + r @ self.means.to(z)
-        return out, x_0
+        r = log_r.softmax(1)
+        a, m, n = (y.reshape(-1, 1, 1).to(z) if isinstance(y, Tensor) else y for y in (a, m, n))
+        gain = (m * a * self.eigenvalues.to(z) + n) / v * r.unsqueeze(2)  # of x - a m_k, in k's own frame
+        out = (gain * z).flatten(1) @ self._frames.to(z).mT
+        if isinstance(m, Tensor) or m != 0:
+            out = out + (m * r.unsqueeze(2)).squeeze(2) @ self.means.to(z)
+        return out
 
     def _parts(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N_k(x) (B, K); x - a m_k in k's eigenvectors (B, K, D); its variances, (B or 1, K, D)."""
         _checks.floating(x.dtype, "x")
         flat = x.reshape(x.shape[0], -1).double()
-        d = self.means.shape[1]
+        k, d = self.means.shape
         if flat.shape[1] != d:
             raise ValueError(f"x must have shape (B, *event) with {d} entries per sample, got {tuple(x.shape)}")
-        means, ev, u, w, a, s = (
+        turned, ev, frames, w, a, s = (
             y.to(flat.device)
-            for y in (self.means, self.eigenvalues, self.eigenvectors, self.weights, a, s)
+            for y in (self._turned, self.eigenvalues, self._frames, self.weights, a, s)
         )  # fmt: skip
         a, s = a.reshape(-1, 1, 1), s.reshape(-1, 1, 1)
         v = a**2 * ev + s**2
-        z = torch.einsum("bkd,kdj->bkj", flat.unsqueeze(1) - a * means, u)
+        z = (flat @ frames).unflatten(1, (k, d)) - a * turned
         log_n = -0.5 * (z**2 / v + v.log()).sum(-1) - 0.5 * d * math.log(2 * math.pi)
         return w.log() + log_n, z, v
 
@@ -179,25 +188,31 @@ class MixtureScore:
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """grad log p_t, like x; K grad log p_t of a process with correlated noise."""
         time = as_time(t, self.sde.T).cpu()
-        out, _ = self.mixture._score(self._white(x, time), self.sde.alpha(time), self.sde.sigma(time))
-        return self.sde.colour(-out.reshape(x.shape)).to(x)
+        out = self.mixture._mean(self._white(x, time), self.sde.alpha(time), self.sde.sigma(time), 0.0, -1.0)
+        return self.sde.colour(out.reshape(x.shape)).to(x)
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """alpha eps - sigma x_0, like x."""
-        time = time.cpu()
-        a, s = self.sde.alpha(time), self.sde.sigma(time)
-        out, x_0 = self.mixture._score(self._white(x, time), a, s)
-        a, s = (y.to(out).reshape(-1, 1) for y in (a, s))
-        return self.sde.colour((a * s * out - s * x_0).reshape(x.shape)).to(x)
+        if ready is None:
+            time = time.cpu()
+            ready = self.sde.alpha(time), self.sde.sigma(time)
+        a, s = ready
+        out = self.mixture._mean(self._white(x, time), a, s, -s, a * s)
+        return self.sde.colour(out.reshape(x.shape)).to(x)
 
     def _white(self, x: Tensor, time: Tensor) -> Tensor:
         """x without the process's own mean, and where the noise is white: the mixture here is of that."""
         x = self.sde.centre(x, time)
         return x if self.sde.root is None else self.sde.whiten(x.double())
 
-    def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:
-        """Nothing."""
-        return [None] * len(times)
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """alpha and sigma at the times, by one call."""
+        every = torch.tensor(times, dtype=torch.float64)
+        return list(zip(self.sde.alpha(every).unbind(), self.sde.sigma(every).unbind(), strict=True))
+
+    def under(self, sde: SDE) -> Under:
+        """The same model under another process, by the map of noise levels (:class:`Under`)."""
+        return Under(self, sde)
 
 
 def _matrix(A: Callable[[Tensor], Tensor], d: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.models.derived import Under
 from sdekit.processes.sde import SDE
 from sdekit.system import Time, as_time, expand
 
@@ -51,6 +52,10 @@ class PointScore:
     def prepare(self, times: Sequence[float], x: Tensor) -> list[None]:
         """Nothing."""
         return [None] * len(times)
+
+    def under(self, sde: SDE) -> Under:
+        """The same model under another process, by the map of noise levels (:class:`Under`)."""
+        return Under(self, sde)
 
     def _x_0(self, x: Tensor, time: Tensor) -> Tensor:
         _checks.floating(x.dtype, "x")

@@ -81,7 +81,7 @@ def test_samples_come_with_their_density(sde, divergence):
     """Sampling and density in one solve: the density is that of the sample, and running back finds the same."""
     mixture, _ = random_mixture(3, d=2)
     at_T, end = mixture.at(sde, sde.T).log_prob, mixture.at(sde, sde.t_min)
-    kwargs = {"divergence": divergence, "probes": 4, "rtol": 1e-7, "atol": 1e-7, "seed": 5, "prior_log_prob": at_T}
+    kwargs = {"divergence": divergence, "probes": 4, "rtol": 1e-6, "atol": 1e-6, "seed": 5, "prior_log_prob": at_T}
     x, out = sample_with_log_prob(sde, mixture.score(sde), (3, 2), dtype=torch.float64, **kwargs)
     assert torch.equal(out.latent, sde.prior_sample((3, 2), seed=5, dtype=torch.float64))
     back = log_likelihood(sde, mixture.score(sde), x, **kwargs)
@@ -129,9 +129,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(probes):
 def test_digits64_at_tight_tolerance_and_what_the_default_prior_costs(digits64):
     """1e-5 nats with the exact prior; with the default one, VP's prior mismatch at T is all that is left (.02)."""
     sde, (_, mixture) = VPSDE(), digits64
-    x = sde.perturb(mixture.sample(8, seed=0, dtype=torch.float64), sde.t_min, seed=1)
+    x = sde.perturb(mixture.sample(4, seed=0, dtype=torch.float64), sde.t_min, seed=1)
     exact, at_T = mixture.at(sde, sde.t_min).log_prob(x), mixture.at(sde, sde.T).log_prob
-    out = log_likelihood(sde, mixture.score(sde), x, rtol=1e-8, atol=1e-8, prior_log_prob=at_T)
+    out = log_likelihood(sde, mixture.score(sde), x, rtol=1e-7, atol=1e-8, prior_log_prob=at_T)
     assert float((out.log_prob - exact).abs().max()) < 1e-5
     default = out.log_prob - at_T(out.latent) + sde.prior_log_prob(out.latent)
     off = (default - exact).abs()
@@ -156,8 +156,8 @@ def test_hutchinson_is_unbiased_and_its_error_bar_is_true(digits64):
     at_T = mixture.at(sde, sde.T).log_prob
     spread = {}
     for probes in (8, 32):
-        out = log_likelihood(sde, mixture.score(sde), x, divergence="hutchinson", probes=probes, seed=0, rtol=1e-4,
-                             atol=1e-4, prior_log_prob=at_T)  # fmt: skip
+        out = log_likelihood(sde, mixture.score(sde), x, divergence="hutchinson", probes=probes, seed=0, rtol=1e-3,
+                             atol=1e-3, prior_log_prob=at_T)  # fmt: skip
         z = (out.log_prob - exact) / out.stderr
         df = probes - 1
         assert abs(float(z.mean())) < 6 / 128**0.5 * math.sqrt(df / (df - 2)) + 0.1
@@ -207,9 +207,10 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(sde, divergence):
     """PITFALL 20: one sample's density decides its own steps only."""
     x = torch.tensor([[0.1, 0.2], [3.0, -2.0], [30.0, 10.0]])
     score = gaussian_score(sde, 0.3)
-    whole = log_likelihood(sde, score, x, divergence=divergence, probes=2, seed=3)
+    how = {"divergence": divergence, "probes": 2, "seed": 3, "rtol": 1e-3, "atol": 1e-3}
+    whole = log_likelihood(sde, score, x, **how)
     for ids in ([0], [1], [2, 0]):
-        part = log_likelihood(sde, score, x[ids], divergence=divergence, probes=2, seed=3, ids=ids)
+        part = log_likelihood(sde, score, x[ids], ids=ids, **how)
         assert torch.equal(part.log_prob, whole.log_prob[ids])
         assert torch.equal(part.latent, whole.latent[ids])
 

@@ -90,12 +90,12 @@ def test_adaptive_samplers_follow_a_correlated_path():
     like = torch.empty(3, D, dtype=torch.float64)
     one, other = (BrownianPath(like, 4, start=0.0, end=1.0, root=root) for root in (sde.root, None))
     torch.testing.assert_close(one.increment(0.2, 0.7), sde.colour(other.increment(0.2, 0.7)))
-    x = sde_sample(sde, score, (400, D), seed=0, rtol=0.02, atol=0.02, dtype=torch.float64)
+    x = sde_sample(sde, score, (200, D), seed=0, rtol=0.02, atol=0.02, dtype=torch.float64)
     mean = (DATA.weights[:, None] * DATA.means).sum(0)
     assert float((x.mean(0) - mean).abs().max()) < 0.5
-    out = ode_sample(sde, score, (3, D), seed=1, rtol=1e-9, atol=1e-9, dtype=torch.float64)
+    out = ode_sample(sde, score, (3, D), seed=1, rtol=1e-8, atol=1e-8, dtype=torch.float64)
     want = sde.colour(
-        ode_sample(sde.white, Whitened(score, sde), (3, D), seed=1, rtol=1e-9, atol=1e-9, dtype=torch.float64)
+        ode_sample(sde.white, Whitened(score, sde), (3, D), seed=1, rtol=1e-8, atol=1e-8, dtype=torch.float64)
     )
     torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
     y = solve(sde.reverse(score), sde.prior_sample((2, D), seed=0, dtype=torch.float64), torch.linspace(1, 0.01, 9),
@@ -116,11 +116,11 @@ def test_the_likelihood_of_gaussian_data_to_1e_8(inside):
     want = stats.multivariate_normal(a * one.means[0].numpy(), (cov + cov.T) / 2).logpdf(x.numpy())
     torch.testing.assert_close(out.log_prob, torch.from_numpy(want), rtol=0, atol=1e-8)
     torch.testing.assert_close(out.log_prob, one.at(sde, sde.t_min).log_prob(x), rtol=0, atol=1e-8)
-    default = log_likelihood(sde, one.score(sde), x, rtol=1e-8, atol=1e-8)  # and with its own corrections of both ends
+    default = log_likelihood(sde, one.score(sde), x, rtol=1e-6, atol=1e-6)  # and with its own corrections of both ends
     torch.testing.assert_close(default.corrected, one.log_prob(x), rtol=0, atol=2e-3)
     prior = stats.multivariate_normal(np.zeros(D), float(sde.sigma(sde.T)) ** 2 * K.numpy()).logpdf(x.numpy())
     torch.testing.assert_close(sde.prior_log_prob(x), torch.from_numpy(prior), rtol=0, atol=1e-8)
-    drawn, found = sample_with_log_prob(sde, one.score(sde), (3, D), seed=1, rtol=1e-9, atol=1e-9, dtype=torch.float64,
+    drawn, found = sample_with_log_prob(sde, one.score(sde), (3, D), seed=1, rtol=1e-7, atol=1e-7, dtype=torch.float64,
                                         prior_log_prob=end.log_prob)  # fmt: skip
     torch.testing.assert_close(found.log_prob, one.at(sde, sde.t_min).log_prob(drawn), rtol=0, atol=1e-5)
 

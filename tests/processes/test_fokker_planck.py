@@ -1,5 +1,6 @@
 """The marginals: density residual, forward simulation, reverse family and probability flow, on Gaussian mixtures."""
 
+import functools
 import math
 
 import numpy as np
@@ -128,6 +129,30 @@ def test_probability_flow_lands_on_the_marginal(name, seed):
     assert max(distances(out, truth, sde, sde.t_min)) < THRESHOLD
 
 
+@functools.cache
+def gaussian(name):
+    """A process, the score of data N(0.7, 0.5^2) as (x, 0-d t), the marginal's mean and variance at t, and grids.
+
+    All remember what they are asked for: hundreds of rules are asked about the same times.
+    """
+    sde, mean, std = PROCESSES[name](), 0.7, 0.5
+
+    @functools.cache
+    def moments(t):
+        a, s = float(sde.alpha(t)), float(sde.sigma(t))
+        return a * mean, a**2 * std**2 + s**2
+
+    def score(x, t):
+        m, v = moments(float(t))
+        return -(x - m) / v
+
+    @functools.cache
+    def grid(start, end, n):
+        return sde.inverse_half_log_snr(torch.linspace(start, end, n + 1, dtype=torch.float64))
+
+    return sde, score, moments, grid
+
+
 CHURNS = {"euler_maruyama": (0.0, 0.5, 1.0, 1.5), "heun": (0.0, 0.7, 1.0)}
 # "none" does not move x; a restart needs levels below those of this test (test_singlestep has it).
 RULES_THAT_SAMPLE = [
@@ -147,19 +172,9 @@ def test_weak_order_by_exact_propagation(name, rule, churn):
     must fall with the claimed weak order (the order itself without noise), within 0.15: from below on every process,
     and on VP from above too, where the grids are fine enough for terms of higher order to be gone.
     """
-    sde = PROCESSES[name]()
-    mean, std = 0.7, 0.5
+    sde, score, moments, grid_of = gaussian(name)
     lam = -2.0, 1.5
     start, end = (float(sde.inverse_half_log_snr(v)) for v in lam)
-
-    def score(x, t):
-        a, s = sde.alpha(t), sde.sigma(t)
-        return -(x - a * mean) / (a**2 * std**2 + s**2)
-
-    def moments(t):
-        a, s = float(sde.alpha(t)), float(sde.sigma(t))
-        return a * mean, a**2 * std**2 + s**2
-
     m0, v0 = moments(start)
     claim = RULES[rule].weak_order if churn or RULES[rule].noisy else RULES[rule].order
     counts = (200, 400) if claim == 1 else (640, 1280) if name == "VP" else (320, 640)
@@ -167,7 +182,7 @@ def test_weak_order_by_exact_propagation(name, rule, churn):
     def within(counts):
         errors = []
         for n in counts:
-            grid = sde.inverse_half_log_snr(torch.linspace(*lam, n + 1, dtype=torch.float64))
+            grid = grid_of(*lam, n)
             rows = n * RULES[rule].evaluations
             m, v = oracle.propagate(sde.reverse(score, churn), RULES[rule], grid, m0, v0**0.5, rows=rows)
             errors.append(max(abs(m - moments(end)[0]) / m0, abs(v - moments(end)[1]) / moments(end)[1]))
@@ -192,18 +207,14 @@ def test_noise_to_zero_is_the_flow_to_rounding(named, rule):
 
 
 @pytest.mark.parametrize(("rule", "order"), [("euler_maruyama", 1.0), ("heun", 2.0), ("rk4", 1.0)])
-def test_forwards_in_time_by_exact_propagation(sde, rule, order):
+@pytest.mark.parametrize("name", PROCESSES)
+def test_forwards_in_time_by_exact_propagation(name, rule, order):
     """PITFALL 14: the process itself on an increasing grid, mean and variance against the marginal's."""
-    mean, std = 0.7, 0.5
+    sde, _, moments, grid_of = gaussian(name)
     start, end = (float(sde.inverse_half_log_snr(v)) for v in (1.5, -1.0))
-
-    def moments(t):
-        a, s = float(sde.alpha(t)), float(sde.sigma(t))
-        return a * mean, a**2 * std**2 + s**2
-
     errors = []
     for n in (80, 160):
-        grid = sde.inverse_half_log_snr(torch.linspace(1.5, -1.0, n + 1, dtype=torch.float64))
+        grid = grid_of(1.5, -1.0, n)
         m, v = oracle.propagate(sde, rule, grid, moments(start)[0], moments(start)[1] ** 0.5, rows=n)
         errors.append(max(abs(m - moments(end)[0]), abs(v / moments(end)[1] - 1)))
     assert errors[1] < 0.05

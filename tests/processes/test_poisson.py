@@ -70,13 +70,13 @@ def two_samples(a, b, seed):
 
 
 @pytest.mark.parametrize("d", EXTRA)
-@pytest.mark.parametrize(("data", "t"), [(PLANE, 0.3), (DIGITS, 0.6)])
-def test_the_flow_carries_the_law_at_T_to_every_other(d, data, t):
-    """From x_0's kernel at T (so without the prior's own error) down to t: the law of x_0's kernel at t.
+def test_the_flow_carries_the_law_at_T_to_every_other(d):
+    """Of 64 dimensions, from x_0's kernel at T (so without the prior's own error) down to t: x_0's kernel at t.
 
-    Two samples of n differ by less than sqrt(21.4/n) but for one time in 1e-9 each: .19 of 600, .084 of 3,000.
+    Two samples of 600 differ by less than sqrt(21.4/600) = .19 but for one time in 1e-9 each. (In the plane, against
+    exact distribution functions: test_conformance.)
     """
-    sde, n = PoissonFlow(d), 600 if data is DIGITS else 3_000
+    sde, n, t, data = PoissonFlow(d), 600, 0.6, PointSet(DIGITS.points[:50])
     pick = torch.arange(n) % len(data.points)
     x_T = sde.perturb(data.points[pick], sde.T, seed=1)
     got = sample(sde, data.score(sde), x_T.shape, "dpmpp_2m", grid=torch.linspace(80 ** (1 / 7), t ** (1 / 7), 40) ** 7,

@@ -28,7 +28,7 @@ def stretch(sde, std):
 def test_of_a_gaussian_both_directions_are_a_factor(sde, event):
     """To 1e-8, every process, any event shape; the number of samples and the event's are not mixed up."""
     score, factor, x = gaussian_score(sde, 0.3), stretch(sde, 0.3), normal(5, *event)
-    tight = {"method": "scipy:DOP853", "rtol": 1e-11, "atol": 1e-14}
+    tight = {"method": "scipy:DOP853", "rtol": 1e-10, "atol": 1e-13}
     torch.testing.assert_close(encode(sde, score, x, **tight), factor * x, rtol=1e-8, atol=0)
     torch.testing.assert_close(decode(sde, score, factor * x, **tight), x, rtol=1e-8, atol=0)
 
@@ -67,9 +67,9 @@ def test_latents_have_the_law_at_T_and_are_the_likelihoods(digits64, sde):
     """A mixture's draws at t_min encode to draws of its marginal at T, and to what log_likelihood finds on its way."""
     _, mixture = digits64
     small, _ = random_mixture(3, d=2)
-    x = sde.perturb(small.sample(40, seed=0, dtype=torch.float64), sde.t_min, seed=1)
+    x = sde.perturb(small.sample(10, seed=0, dtype=torch.float64), sde.t_min, seed=1)
     latent = encode(sde, small.score(sde), x, rtol=1e-6, atol=1e-6)
-    exact = log_likelihood(sde, small.score(sde), x, rtol=1e-8, atol=1e-8).latent
+    exact = log_likelihood(sde, small.score(sde), x, rtol=1e-7, atol=1e-7).latent
     torch.testing.assert_close(latent, exact, rtol=0, atol=1e-4 * float(sde.sigma(sde.T)))
     x = sde.perturb(mixture.sample(12, seed=0, dtype=torch.float64), sde.t_min, seed=1)
     latent = encode(sde, mixture.score(sde), x, rtol=1e-3, atol=1e-3)

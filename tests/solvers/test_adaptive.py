@@ -84,9 +84,9 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(method):
         size = torch.logspace(-3, 1, 13, dtype=torch.float64).reshape(13, 1, 1)  # an odd number: no vector of 4 fits
         x = sde.prior_sample((13, 3, 5), seed=0, dtype=torch.float64) * size
         grid = torch.tensor([sde.T, sde.t_min])
-        whole = solve(system, x, grid, method, keep=4)
+        whole = solve(system, x, grid, method, keep=4, rtol=1e-3, atol=1e-3)
         for rows in ([0], [7], [12], [5, 2]):
-            part = solve(system, x[rows], grid, method, keep=4)
+            part = solve(system, x[rows], grid, method, keep=4, rtol=1e-3, atol=1e-3)
             assert torch.equal(part.x, whole.x[rows])
             assert torch.equal(part.accepted, whole.accepted[rows])
             assert torch.equal(part.nfe_per_sample, whole.nfe_per_sample[rows])
@@ -203,7 +203,7 @@ def test_flow_of_a_gaussian_is_exact(sde, method, tol, near):
 
     out = ode_sample(sde, score, x.shape, method=method, x_T=x, rtol=tol, atol=tol / 100, denoise=False)
     torch.testing.assert_close(out, x * spread(sde.t_min) / spread(sde.T), rtol=near, atol=near / 1000)
-    mean = ode_sample(sde, score, x.shape, method=method, x_T=x, rtol=tol, atol=tol / 100)
+    out, mean = (ode_sample(sde, score, x.shape, method=method, x_T=x, denoise=end) for end in (False, True))
     torch.testing.assert_close(mean, sde.denoise(out, sde.t_min, score), rtol=near, atol=near / 1000)
 
 

@@ -1,4 +1,8 @@
-"""Measured orders: on the digits mixture, log-SNR-uniform grids, float64, a slope within 0.1 of the claim."""
+"""Measured orders: on the digits mixture, log-SNR-uniform grids, float64, a slope within 0.1 of the claim.
+
+The mixture is seen in its sixteen leading directions, where it is a mixture again: what is left of 64 dimensions costs
+three times as much, and says the same of an order.
+"""
 
 import itertools
 
@@ -6,28 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from sdekit import VPSDE, HeatODE, as_score, solve
+from sdekit import VPSDE, GaussianMixture, HeatODE, as_score, solve
 from sdekit.sampling.grids import make_grid
 from sdekit.solvers.steppers import RULES
+from tests import oracle
 from tests.conftest import NAMED
 
 # Every rule that solves the flow: "none" stays where it is, "ancestral", "edm" and "restart" have noise of their own.
 ODE_RULES = {name: rule for name, rule in RULES.items() if name != "none" and not rule.noisy}
+LAM = (-3.9, 3.0)  # the half log-SNRs between which orders are measured; VE's sigma(T) is 50, below e^4
 
 
 def counts(rule):
-    """Numbers of steps: where multistep methods are concerned, whose slope settles later, finer ones."""
-    return (160, 320, 640, 1280) if rule.order > 2 and rule.evaluations == 1 else (80, 160, 320)
+    """Numbers of steps: of multistep methods of high order, whose slope settles later, finer ones."""
+    if rule.evaluations > 1:
+        return 80, 160
+    return (320, 640) if rule.order > 2 else (160, 320)
 
 
 def slope(steps, errors):
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def typical(x, ref, order):
-    """Mean over samples; the median where steps are coarse: now and then one still falls to another mode there."""
-    error = np.sqrt(((np.asarray(x) - np.asarray(ref)) ** 2).mean(1))
-    return float(error.mean() if order > 2 else np.median(error))
+def typical(x, ref):
+    """The geometric mean over samples, whose slope is the mean of theirs: of others the largest errors are all."""
+    return float(np.exp(np.log(((np.asarray(x) - np.asarray(ref)) ** 2).mean(1)).mean() / 2))
 
 
 def reparameterised(sde, score, predicts):
@@ -45,43 +52,46 @@ def reparameterised(sde, score, predicts):
 
 @pytest.fixture(scope="module")
 def exact_flow(digits64):
-    """x at lambda = -4 and where the exact flow takes it at lambda = 3, in the Karras frame."""
+    """The mixture, x at lambda = -3.9, which every process has, and where the exact flow takes it at 3, in the Karras
+    frame.
+    """
     g, _ = digits64
-    s0, s1 = np.exp(4.0), np.exp(-3.0)
-    y = s0 * np.random.default_rng(0).standard_normal((64, 64))
-    return torch.from_numpy(y), torch.from_numpy(g.flow(y, s0, s1, rtol=1e-12, atol=1e-13))
+    between = g.m - g.w @ g.m
+    _, u = np.linalg.eigh(np.einsum("k,kij->ij", g.w, g.covs) + between.T @ (g.w[:, None] * between))
+    lead = (u * np.sign(u.sum(0)))[:, -16:]
+    covs = lead.T @ g.covs @ lead
+    g = oracle.Mixture(g.m @ lead, (covs + covs.transpose(0, 2, 1)) / 2, g.w)
+    s0, s1 = np.exp(-LAM[0]), np.exp(-LAM[1])
+    y = s0 * np.random.default_rng(0).standard_normal((64, 16))
+    ref = torch.from_numpy(g.flow(y, s0, s1, rtol=1e-12, atol=1e-13))
+    return GaussianMixture(g.m, g.covs, g.w), torch.from_numpy(y), ref
 
 
 @pytest.mark.parametrize("rule", ODE_RULES)
 @pytest.mark.parametrize("name", NAMED)
-def test_order_on_every_process(digits64, exact_flow, rule, name):
+def test_order_on_every_process(exact_flow, rule, name):
     """PITFALLS 6, 7, 8: order, not closeness."""
-    sde, (y, ref) = NAMED[name](), exact_flow
-    lam = torch.tensor([-4.0 if name != "VE" else -3.9, 3.0], dtype=torch.float64)
-    if name == "VE":  # sigma(T) = 50 < e^4: its own start
-        g, _ = digits64
-        y = y * float(torch.exp(-lam[0])) / np.exp(4.0)
-        ref = torch.from_numpy(g.flow(y.numpy(), float(torch.exp(-lam[0])), np.exp(-3.0), rtol=1e-12, atol=1e-13))
-    system = sde.probability_flow(digits64[1].score(sde))
+    sde, (mixture, y, ref) = NAMED[name](), exact_flow
+    system = sde.probability_flow(mixture.score(sde))
     order, errors = RULES[rule].order, []
     for n in counts(RULES[rule]):
-        grid = sde.inverse_half_log_snr(torch.linspace(*lam.tolist(), n + 1, dtype=torch.float64))
+        grid = sde.inverse_half_log_snr(torch.linspace(*LAM, n + 1, dtype=torch.float64))
         x = solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1])
-        errors.append(typical(x, ref, order))
+        errors.append(typical(x, ref))
     assert slope(counts(RULES[rule]), errors) == pytest.approx(order, abs=0.1), errors
 
 
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
 @pytest.mark.parametrize("rule", ODE_RULES)
-def test_order_under_every_parameterisation(digits64, exact_flow, rule, predicts):
+def test_order_under_every_parameterisation(exact_flow, rule, predicts):
     """PITFALL 8: a Heun with the wrong sigma hides under eps-prediction; here each parameterisation is one score."""
-    sde, (y, ref) = VPSDE(), exact_flow
-    system = sde.probability_flow(reparameterised(sde, digits64[1].score(sde), predicts))
+    sde, (mixture, y, ref) = VPSDE(), exact_flow
+    system = sde.probability_flow(reparameterised(sde, mixture.score(sde), predicts))
     order, errors = RULES[rule].order, []
-    steps = counts(RULES[rule])[-2:]
+    steps = counts(RULES[rule])
     for n in steps:
-        grid = sde.inverse_half_log_snr(torch.linspace(-4.0, 3.0, n + 1, dtype=torch.float64))
-        errors.append(typical(solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1]), ref, order))
+        grid = sde.inverse_half_log_snr(torch.linspace(*LAM, n + 1, dtype=torch.float64))
+        errors.append(typical(solve(system, y * sde.alpha(grid[0]), grid, rule).x / sde.alpha(grid[-1]), ref))
     assert slope(steps, errors) == pytest.approx(order, abs=0.1), errors
 
 
@@ -92,8 +102,9 @@ def test_noisy_ddim_refuses_to_run_forwards(digits64):
     system = sde.probability_flow(digits64[1].score(sde))
     with pytest.raises(ValueError, match="holds backwards in time only; use eta = 0"):
         solve(system, torch.ones(1, 64), [0.1, 0.2], ddim(eta=0.5))
-    x = solve(system, torch.ones(1, 64, dtype=torch.float64), torch.linspace(1, 40, 2000), ddim(eta=0.0)).x
-    back = solve(system, x, torch.linspace(40, 1, 2000), ddim(eta=0.0)).x
+    times = torch.logspace(0, 1.6, 200)
+    x = solve(system, torch.ones(1, 64, dtype=torch.float64), times, ddim(eta=0.0)).x
+    back = solve(system, x, times.flip(0), ddim(eta=0.0)).x
     torch.testing.assert_close(back, torch.ones_like(back), rtol=0, atol=0.05)  # encoding and back
 
 

@@ -18,6 +18,8 @@ from sdekit.evaluation.check.readings import CLOCKS, OWN, PROCESSES, SHIFTS, N, 
 from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
+_NUMBERS, _MOST = 2**16, 4096
+
 
 class Fit(NamedTuple):
     """A reading with its losses, (levels, n) in units of the trivial denoiser's; NaN at levels that it has not."""
@@ -33,8 +35,8 @@ class Fit(NamedTuple):
     @property
     def loss(self) -> float:
         """The geometric mean over levels."""
-        levels = self.losses.nanmean(1)
-        return float(levels[levels.isfinite()].clamp_min(1e-12).log().mean().exp())
+        levels = self.losses.mean(1)
+        return float(levels[levels.isfinite()].clamp_min(1e-12).log().mean().exp()) if self.levels else math.inf
 
 
 class Search:
@@ -156,7 +158,7 @@ class Identified(NamedTuple):
     @property
     def accused(self) -> bool:
         """Whether another reading than the model's own fits, beyond chance."""
-        return better(self.best, self.own)
+        return better(self.best, self.own) if self.own.levels else self.fits(self.best)
 
     def fits(self, fit: Fit) -> bool:
         """Whether a reading is as it should be: at no level worse than the trivial denoiser."""
@@ -187,7 +189,7 @@ def identify(probe: Probe) -> Identified:
 
     def judged() -> Identified:
         best = min(sure, key=lambda fit: fit.loss)
-        ties = [fit for fit in sure if not better(best, fit)]
+        ties = [fit for fit in sure if fit.levels and not better(best, fit)] or [best]
         ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.loss))
         return Identified(ties[0], ties[1:], mine, probe)
 
@@ -202,8 +204,11 @@ def identify(probe: Probe) -> Identified:
 
 
 def _near(probe: Probe, own: Reading) -> Identified:
-    """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t."""
-    low = probe.below(8 * LOWEST)
+    """The own reading beside its clock off by one: that shows at the lowest levels alone, where a step is much of t.
+
+    It takes some tens of thousands of numbers to show at all.
+    """
+    low = probe.below(4 * LOWEST, levels=4, least=min(_MOST, _NUMBERS // probe.x0[0].numel()))
     search, every = Search(low), range(len(low.eps))
     mine, *others = search.fits([own, *(replace(own, clock=clock) for clock in SHIFTS)], every, len(low.x0))
     best = min(others, key=lambda fit: fit.loss)

@@ -26,8 +26,9 @@ class Probe:
     """
 
     def __init__(
-        self, sde: SDE, model: Model, data: Tensor, n: int, seed: int, batch: int, highest: float = HIGHEST
-    ) -> None:
+        self, sde: SDE, model: Model, data: Tensor, n: int, seed: int, batch: int,
+        highest: float = HIGHEST, levels: int = LEVELS,
+    ) -> None:  # fmt: skip
         self.seed = seed
         self.sde, self.model, self.batch, self.data = sde, model, batch, data
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -42,15 +43,16 @@ class Probe:
                 f"the noise levels of {type(sde).__name__}, sigma/alpha = {first:g} ... {last:g}, and the "
                 f"data's spread of {self.spread:g} have nothing in common; scale the data to about unit size"
             )
-        self.r = torch.logspace(math.log10(low), math.log10(high), LEVELS, dtype=torch.float64)
+        self.r = torch.logspace(math.log10(low), math.log10(high), levels, dtype=torch.float64)
         self.trivial = self.spread**2 * self.r**2 / (self.spread**2 + self.r**2)
         self.times = sde.inverse_half_log_snr(-self.r.log())
         noise = Noise(self.x0, seed, purpose="check")
-        self.eps = [sde.unit_noise(noise.normal) for _ in range(LEVELS)]
+        self.eps = [sde.unit_noise(noise.normal) for _ in range(levels)]
 
-    def below(self, highest: float) -> "Probe":
-        """The same with all levels below this, in the data's spread."""
-        return Probe(self.sde, self.model, self.data, len(self.x0), self.seed, self.batch, highest)
+    def below(self, highest: float, levels: int, least: int) -> "Probe":
+        """The same with so many levels below ``highest``, in the data's spread, and at least so many samples."""
+        n = max(least, len(self.x0))
+        return Probe(self.sde, self.model, self.data, n, self.seed, self.batch, highest, levels)
 
     def with_others_conditions(self) -> "Probe":
         """The same, where the model is given each sample's neighbour's conditions."""

@@ -12,6 +12,7 @@ from sdekit.evaluation.check.probe import Probe
 from sdekit.evaluation.check.readings import CLOCKS, OWN, SHIFTS, Reading
 from sdekit.evaluation.report import Figure, Line, Report, Verdict
 from sdekit.processes.counted import as_model
+from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.processes.law import require_same
 from sdekit.processes.sde import SDE
 from sdekit.system import Score
@@ -65,37 +66,43 @@ def check_score(
         lines = _answers(probe)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         what = "look at what network(x, t) takes and returns: as_score(..., time=, output=), score.given(...)"
-        return Report(title, (Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what),), settings)
-    if any(line.verdict == "fail" for line in lines):
-        return Report(title, tuple(lines), settings)
-    denoised = [probe.denoised(k) for k in range(len(probe.r))]
-    losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
-    lines += [
-        loss(probe, losses),
-        memory(probe, losses),
-        *conditions(probe, losses),
-        *residual(probe, denoised),
-        *slopes(probe, denoised, seed),
-        consistency(probe, seed),
-    ]
-    found, curves = "", {"the model": (probe.r.tolist(), losses.mean(1).tolist())}
-    if search:
+        lines = [Line("answers", "fail", math.nan, f"{type(error).__name__}: {error}", what)]
+    figures: list[Figure] = []
+    if all(line.verdict != "fail" for line in lines):
+        denoised = [probe.denoised(k) for k in range(len(probe.r))]
+        losses = torch.stack([probe.loss(x_0, k) for k, x_0 in enumerate(denoised)])
+        lines += [
+            loss(probe, losses),
+            memory(probe, losses),
+            *conditions(probe, losses),
+            *residual(probe, denoised),
+            *slopes(probe, denoised, seed),
+            consistency(probe, seed),
+        ]
+        figures.append(
+            _figure({"the model": (probe.r, losses.mean(1)), "trivial": (probe.r, torch.ones(len(probe.r)))})
+        )
+    found = ""
+    if search and all(line.verdict != "fail" for line in lines if line.name in ("repeatable", "alone")):
         identified = identify(probe)
-        mean = next(line.verdict for line in lines if line.name == "mean")
+        mean: Verdict = next((line.verdict for line in lines if line.name == "mean"), "pass")
         line, found = _reading(identified, model.predicts, mean)
         lines.append(line)
-        if found:
-            kept, r = identified.best.losses.mean(1), identified.probe.r
-            at = kept.isfinite()
-            curves["read otherwise"] = (r[at].tolist(), kept[at].tolist())
-    curves["trivial"] = (probe.r.tolist(), [1.0] * len(probe.r))
-    figure = Figure("Error of the denoiser", "sigma/alpha", "of the trivial denoiser's", curves, "xy")
-    return Report(title, tuple(lines), settings, (figure,), found)
+        if identified.accused:
+            r = identified.probe.r
+            both = {"as given": identified.own, "read otherwise": identified.best}
+            figures.append(_figure({name: (r, fit.losses.mean(1)) for name, fit in both.items()}))
+    return Report(title, tuple(lines), settings, tuple(figures), found)
+
+
+def _figure(curves: dict[str, tuple[Tensor, Tensor]]) -> Figure:
+    known = {name: (r[y.isfinite()].tolist(), y[y.isfinite()].tolist()) for name, (r, y) in curves.items()}
+    return Figure("Error of the denoiser", "sigma/alpha", "of the trivial denoiser's", known, "xy")
 
 
 def _answers(probe: Probe) -> list[Line]:
     """Finite at both ends, repeatable, and no sample of another."""
-    ends = []
+    ends, blind = [], probe.model.predicts in BLIND and float(probe.sde.alpha(probe.sde.T)) == 0
     for t in (probe.sde.t_min, probe.sde.T):
         x = probe.state(0, t=t)[:16]
         ends.append(bool(torch.isfinite(probe.at_time(x, t)).all()))
@@ -107,10 +114,11 @@ def _answers(probe: Probe) -> list[Line]:
     where = (
         "" if finite else f" at t = {probe.sde.t_min:g}" * (not ends[0]) + f" at T = {probe.sde.T:g}" * (not ends[1])
     )
+    remedy = "raise t_min or lower T, or look for a division by 0 or an overflow of half precision in the network"
+    remedy = zero_signal(probe.sde, probe.model.predicts) if blind else remedy
     lines = [
         Line("finite", "pass" if finite else "fail", float(sum(ends)), f"{'finite' if finite else 'NaN or infinite'}"
-             f"{where or ' from t_min to T'}", "" if finite else "raise t_min or lower T, or look for a division by 0 "
-             "or an overflow of half precision in the network")
+             f"{where or ' from t_min to T'}", "" if finite else remedy)
     ]  # fmt: skip
     size = float(out.double().square().mean().sqrt()) or 1.0
     again = float((probe.at_time(x, t) - out).double().abs().max()) / size
