@@ -150,7 +150,7 @@ class Comparison:
 
     def section(self) -> Section:
         """As a page has it."""
-        header, rows = next(iter(self._tables()), ([], []))
+        header, rows = next(iter(self._tables("")), ([], []))
         return Section(
             "compare: samplers on this model", "; ".join(self.notes()), header=header, rows=rows,
             figures=self.figures(), settings=self.settings,
