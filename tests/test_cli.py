@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -14,10 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdekit import GaussianMixture, as_score, sample
+from sdekit import VPSDE, GaussianMixture, as_score, load_calibration, sample
 from sdekit.cli import main
-from sdekit.training.checkpoint import load_checkpoint
+from sdekit.training.checkpoint import load_checkpoint, save_checkpoint
 from sdekit.training.config import HELP, Config, add_flags, from_flags
+from sdekit.training.networks import build
 
 DIGITS = str(resources.files("sdekit") / "assets" / "digits.safetensors")
 CONDITIONAL = str(Path(__file__).parents[1] / "benchmarks" / "networks" / "eps_conditional.safetensors")
@@ -27,6 +29,16 @@ SMALL = "--network-args width=8 multipliers=[1,1] --batch 16 --device cpu"
 def run(flags, **paths):
     """The command line ``flags``, with paths filled in."""
     main([flag.format(**paths) for flag in flags.split()])
+
+
+def refused(capsys, flags, message, **paths):
+    """The command line ends with status 2, and a line that says so on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(flags, **paths)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert re.search(message, said.err), said.err
 
 
 def parsed(*flags):
@@ -132,13 +144,13 @@ def test_guidance_is_none_and_the_scale_times_what_a_label_adds(tmp_path):
     assert (draws[3] - draws[1]).square().mean().sqrt() > 0.1
 
 
-def test_a_model_that_never_was_without_labels_is_not_asked_without(tmp_path):
+def test_a_model_that_never_was_without_labels_is_not_asked_without(tmp_path, capsys):
     out, score = tmp_path / "run", str(tmp_path / "run" / "score.safetensors")
     run(f"train --steps 3 --overfit 32 --conditional --label-drop 0 --out {{out}} {SMALL}", out=out)
     run("sample {score} --number 2 --nfe 2 --label 7 --out {out} --device cpu", score=score, out=tmp_path / "s")
     for flags, way in (("", "give --label"), ("--label 7 --guidance 2", "leave --guidance out")):
-        with pytest.raises(SystemExit, match=f"never trained without labels: {way}"):
-            run(f"sample {{score}} --number 2 --nfe 2 {flags} --out {{out}} --device cpu", score=score, out=out)
+        draw = f"sample {{score}} --number 2 --nfe 2 {flags} --out {{out}} --device cpu"
+        refused(capsys, draw, f"never trained without labels: {way}", score=score, out=out)
 
 
 def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
@@ -184,38 +196,102 @@ def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
         (["sample", CONDITIONAL, "--label", "10"], "--label must be one of .* 10 classes, got 10"),
         (["sample", CONDITIONAL, "--label", "3", "--guidance", "nan"], "scale must be a finite number"),
         (["sample", "nothing.safetensors"], "no checkpoint at nothing"),
+        (["check", "nothing.safetensors"], "no checkpoint at nothing"),
+        (["check", DIGITS], "config"),
+        (["check", DIGITS, "--data", "digits", "--out", "a.txt"], "must end in .html or .json, got 'a.txt'"),
+        (["check", DIGITS, "--data", "flat.npy"], "flat.npy holds items .*, and .* is of .1, 8, 8"),
+        (["check", DIGITS, "--data", "digits", "--samples", "2"], "samples must be at least 16"),
+        (["check", "."], ". must hold unet/ or transformer/, and scheduler/"),
+        (["compare", DIGITS, "--nfe", "1"], "nfe must be at least 2"),
+        (["compare", DIGITS, "--number", "1"], "--number must be at least 2"),
+        (["compare", DIGITS, "--figure", "a.gif"], "must end in .png or .svg, got 'a.gif'"),
+        (["compare", DIGITS, "--calibration", "a.json"], "a.json"),
+        (["compare", DIGITS, "--guidance", "2"], "give --label too"),
+        (["compare", DIGITS, "--features", "nosuch.pth"], "nosuch.pth"),
+        (["calibrate", DIGITS, "--nfe", "1", "--out", "a.json"], "nfe must be at least 2"),
+        (["calibrate", DIGITS, "--nfe", "4", "--out", "a.csv"], "must end in .json, got 'a.csv'"),
     ],
 )
-def test_bad_input_ends_with_a_line_that_names_it(tmp_path, monkeypatch, arguments, message):
+def test_bad_input_ends_with_a_line_that_names_it(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.zeros((200, 1, 8, 8), np.float32))
+    np.save("flat.npy", np.zeros((200, 3), np.float32))
     out = ["--out", "run", "--steps", "1"] if arguments[0] == "train" else []
     device = [] if "--device" in arguments else ["--device", "cpu"]
-    with pytest.raises(SystemExit, match=f"^sdekit {arguments[0]}: .*{message}"):
-        main([*arguments, *out, *device])
+    refused(capsys, " ".join([*arguments, *out, *device]), f"^sdekit {arguments[0]}: .*{message}")
 
 
-def test_a_refused_run_leaves_the_one_that_is_there(tmp_path):
+def test_check_says_by_its_status_whether_all_is_right(tmp_path, capsys):
+    run("check {score} --data digits --no-search --out {out} --device cpu", score=DIGITS, out=tmp_path / "r.json")
+    printed = capsys.readouterr().out
+    assert "ok: " in printed
+    assert "NOT ok" not in printed
+    process, score = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert process["ok"]
+    assert score["ok"]
+
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "noise.npy", rng.normal(size=(64, 1, 8, 8)).astype(np.float32))
+    with pytest.raises(SystemExit) as ended:
+        run("check {score} --data {data} --no-search --device cpu", score=DIGITS, data=tmp_path / "noise.npy")
+    assert ended.value.code == 1
+    assert "NOT ok" in capsys.readouterr().out
+
+
+def test_check_gives_labels_to_a_model_that_knows_them(capsys):
+    run("check {score} --data digits --no-search --device cpu", score=CONDITIONAL)
+    assert "pass  conditions" in capsys.readouterr().out
+
+
+def test_a_classifier_is_no_score(tmp_path, capsys):
+    network = build("Classifier", dim=2, classes=2, width=8, layers=1)
+    save_checkpoint(tmp_path / "c.safetensors", network, VPSDE(), "log_prob", event=(2,))
+    for command in ("check {score} --data digits", "compare {score}"):
+        refused(capsys, f"{command} --device cpu", "holds a classifier", score=tmp_path / "c.safetensors")
+
+
+def test_calibrate_and_compare(tmp_path, capsys):
+    """Fitted a little, kept, compared; and compared again with it beside the rows."""
+    flags = "--nfe 3 --noises 8 --iterations 2 --batch 4 --seed 1 --device cpu"
+    run(f"calibrate {{score}} {flags} --out {{out}}", score=DIGITS, out=tmp_path / "new" / "three.json")
+    printed = capsys.readouterr().out
+    assert "of the best fixed row's" in printed
+    fitted = load_calibration(tmp_path / "new" / "three.json")
+    assert fitted.nfe == 3
+    flags = "--nfe 3 --number 8 --seconds 60 --features digits --device cpu"
+    paths = {"cal": tmp_path / "new" / "three.json", "out": tmp_path / "c.json"}
+    run(f"compare {{score}} {flags} --calibration {{cal}} --out {{out}}", score=DIGITS, **paths)
+    printed = capsys.readouterr().out
+    assert "| three.json |" in printed
+    assert "best: " in printed
+    read = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert read["settings"]["samples"] == 8
+    assert read["settings"]["distance"] == "Fréchet distance of features"
+
+
+def test_compare_of_a_label_with_guidance(capsys):
+    run("compare {score} --label 3 --guidance 2 --nfe 4 --number 4 --seconds 60 --device cpu", score=CONDITIONAL)
+    assert "best: " in capsys.readouterr().out
+
+
+def test_a_refused_run_leaves_the_one_that_is_there(tmp_path, capsys):
     flags = f"train --steps 1 --overfit 16 --out {tmp_path / 'run'} {SMALL}"
     run(flags)
-    with pytest.raises(SystemExit, match="--resume"):
-        run(f"{flags} --weighting edm")
-    with pytest.raises(SystemExit, match="weighting = 'simple' \\(now 'edm'\\)"):
-        run(f"{flags} --weighting edm --resume")
+    refused(capsys, f"{flags} --weighting edm", "--resume")
+    refused(capsys, f"{flags} --weighting edm --resume", r"weighting = 'simple' \(now 'edm'\)")
     (tmp_path / "run" / "score.safetensors").unlink()  # as if it had been killed between the state and this
     run(f"{flags} --resume")
     assert (tmp_path / "run" / "score.safetensors").is_file()
 
 
-def test_resuming_with_another_config_is_refused(tmp_path):
+def test_resuming_with_another_config_is_refused(tmp_path, capsys):
     flags = f"train --steps 1 --overfit 16 --out {tmp_path / 'run'} {SMALL}"
     run(flags)
     run(f"{flags} --resume --every 3")
-    with pytest.raises(SystemExit, match="weighting = 'simple' \\(now 'edm'\\)"):
-        run(f"{flags} --resume --weighting edm")
+    refused(capsys, f"{flags} --resume --weighting edm", r"weighting = 'simple' \(now 'edm'\)")
 
 
-def test_every_process_trains_and_comes_back(tmp_path):
+def test_every_process_trains_and_comes_back(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32))
     tables = {"BetaTable": "betas=[0.1,0.2,0.4]", "SigmaTable": "sigmas=[0.1,1.0,3.0]"}
     for process in ("VPSDE", "SubVPSDE", "VESDE", "HeatODE", "RectifiedFlow", "CosineVP", *tables):
@@ -225,11 +301,8 @@ def test_every_process_trains_and_comes_back(tmp_path):
         run(f"train --data {{data}} {flags} --out {{out}}", data=tmp_path / "x.npy", out=out)
         sde, _ = load_checkpoint(out / "score.safetensors")
         assert type(sde).__name__ == process
-    with pytest.raises(SystemExit, match="zero terminal SNR.*predicts eps says nothing of x_0 there"):
-        run(
-            f"train --data {{data}} --process RectifiedFlow --predicts eps --out {tmp_path / 'no'}",
-            data=tmp_path / "x.npy",
-        )
+    flags = f"train --data {{data}} --process RectifiedFlow --predicts eps --out {tmp_path / 'no'}"
+    refused(capsys, flags, "zero terminal SNR.*predicts eps says nothing of x_0 there", data=tmp_path / "x.npy")
 
 
 def torchrun(processes, flags):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdekit import calibrate, log_likelihood, ode_sample, round_trip_error, sample
-from sdekit.adapters.diffusers import conventions, from_diffusers
+from sdekit.adapters.diffusers import conventions, from_diffusers, load_folder
 
 UNET = Path(__file__).parents[2] / "benchmarks" / "networks" / "diffusers_unet"
 
@@ -166,6 +166,36 @@ def test_a_trained_network_of_diffusers_needs_no_other_word(trained):
     assert round_trip_error(sde, score, flow, rtol=1e-3, atol=1e-3).max() < 0.05
     likelihood = log_likelihood(sde, score, flow, divergence="hutchinson", seed=0, rtol=1e-2, atol=1e-2)
     assert torch.isfinite(likelihood.log_prob).all()
+
+
+def test_a_folder_is_the_network_and_the_scheduler_in_it(tmp_path):
+    """As a pipeline writes it; what it loads says what its parts say, in evaluation mode."""
+    sde, score = load_folder(UNET)
+    with torch.random.fork_rng():
+        network = diffusers.UNet2DModel.from_pretrained(UNET / "unet", low_cpu_mem_usage=False).eval()
+    theirs, same = from_diffusers(network, diffusers.DDPMScheduler.from_pretrained(UNET / "scheduler"))
+    assert torch.equal(sde.betas, theirs.betas)
+    assert score.event == (1, 8, 8)
+    assert not score.network.model.training
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.3)
+    assert torch.equal(score(x, t), same(x, t))
+
+    settings = {"in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 8),
+                "norm_num_groups": 4, "down_block_types": ("DownBlock2D",) * 2,
+                "up_block_types": ("UpBlock2D",) * 2}  # fmt: skip
+    for size, event in (((4, 8), (4, 4, 8)), (None, None)):
+        with torch.random.fork_rng():  # the first weights are random
+            diffusers.UNet2DModel(sample_size=size, **settings).save_pretrained(tmp_path / "unet")
+        diffusers.DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+        _, score = load_folder(tmp_path)
+        assert (score.predicts, score.event) == ("v", event)
+
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "DDIMScheduler"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="class 'DDIMScheduler', which is no network of diffusers"):
+        load_folder(tmp_path)
+    for path in (tmp_path / "nowhere", UNET / "unet"):
+        with pytest.raises(FileNotFoundError, match="must hold unet/ or transformer/, and scheduler/"):
+            load_folder(path)
 
 
 def test_without_diffusers_there_is_one_sentence(monkeypatch):

@@ -82,7 +82,9 @@ def load_folder(path: str | Path, device: torch.device | str | None = None) -> t
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{inside[0]} is of class {name!r}, which is no network of diffusers {diffusers.__version__}")
     spare = is_accelerate_available()  # without it diffusers warns that it cannot
-    network = kind.from_pretrained(inside[0], low_cpu_mem_usage=spare).to(device or "cpu").eval()  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):  # without it it also draws first weights, which are not kept
+        network = kind.from_pretrained(inside[0], low_cpu_mem_usage=spare)  # type: ignore[attr-defined]
+    network = network.to(device or "cpu").eval()
     sde, score = from_diffusers(network, json.loads(settings.read_text(encoding="utf-8")))
     size = network.config.get("sample_size")
     if isinstance(size, int | list | tuple):

@@ -154,7 +154,8 @@ def _answers(probe: Probe) -> list[Line]:
 def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
     """Whether another reading fits better than the model's own; ``mean``: the verdict on the residual's."""
     own, best = found.own, found.best
-    if mean != "pass" and (not found.accused or best.reading.clock.shift):  # rough weights err at every clock
+    slight = best.reading.clock.shift and own.loss < 1.1 * best.loss
+    if mean != "pass" and (not found.accused or slight):  # rough weights err at every clock, and at some a bit less
         text = f"no other reading explains it, loss {own.loss:.3g}, but what is left has a mean"
         return Line("reading", mean, 1.0, text, ROUGH), ROUGH
     if not found.accused:
