@@ -4,12 +4,14 @@ import ast
 import functools
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -206,13 +208,31 @@ PRINTS = {
 
 
 @pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_examples_run(example, tmp_path):
-    env = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, ROOT / "examples" / example], cwd=tmp_path, env=env, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_examples_run(example, monkeypatch, capsys, tmp_path):
+    """In this process, where torch and diffusers are imported once for all."""
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("Agg")
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    plt.close("all")
+    out = capsys.readouterr().out
     for pattern, value, slack in PRINTS[example]:
-        assert float(re.search(pattern, done.stdout)[1]) == pytest.approx(value, abs=slack), done.stdout
+        assert float(re.search(pattern, out)[1]) == pytest.approx(value, abs=slack), out
+
+
+def test_every_example_imports_what_it_uses():
+    """By itself: what other tests have imported is not there for whoever runs an example."""
+    imports = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imports.append(ast.unparse(node))
+        modules = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
+        assert not [m for m in modules if "sdekit" in m], path  # or it might use a room that another has opened
+    env = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    code = "\n".join(dict.fromkeys(imports))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_is_long_and_nothing_asks_for_a_class():

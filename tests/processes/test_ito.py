@@ -479,8 +479,8 @@ def test_the_default_prior_is_the_law_at_T():
 def test_score_matching_on_simulated_states_finds_the_score():
     """The part of E |s|^2 that a small network leaves over against Fokker-Planck's score, at three times."""
     fp, process = truth(DoubleWell), DoubleWell()
-    process.steps = 20
-    options = {"objective": sliced(), "steps": 500, "batch": 256, "lr": 1e-2, "device": "cpu"}
+    process.steps = 12
+    options = {"objective": sliced(), "steps": 400, "batch": 256, "lr": 1e-2, "device": "cpu"}
     data, times = fp.draws(0.0, 4096, 1).float(), lambda u: 0.05 + 1.95 * u
     trained = train(net(), process, data, predicts="score", times=times, **options).network
     score = as_score(trained, process)
