@@ -212,7 +212,8 @@ def test_examples_run(example, monkeypatch, capsys, tmp_path):
     """In this process, where torch and diffusers are imported once for all."""
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("Agg")
-    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    with torch.random.fork_rng(devices=[]):  # some train networks of their own, from the global generator
+        runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
     plt.close("all")
     out = capsys.readouterr().out
     for pattern, value, slack in PRINTS[example]:
