@@ -54,7 +54,8 @@ def state(x: Any, name: str = "x") -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {x.dtype}; convert with .float() or .double()")
+        way = "take torch.view_as_real of it" if x.is_complex() else "convert with .float() or .double()"
+        raise TypeError(f"{name} must be a floating tensor, got {x.dtype}; {way}")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (B, *event), not empty, got {tuple(x.shape)}")
     if not finite(x):

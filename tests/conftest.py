@@ -1,5 +1,6 @@
 """What the tests share: processes to loop over, a mixture, and a guard on the global generator."""
 
+import gc
 import os
 
 import hypothesis
@@ -14,6 +15,12 @@ torch.set_num_threads(1)  # the tests run in parallel processes
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class CosineVP(SDE):

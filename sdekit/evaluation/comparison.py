@@ -66,10 +66,10 @@ class Comparison:
         return "\n\n".join(
             "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|",
                        *("| " + " | ".join(row) + " |" for row in rows)])
-            for header, rows in self._tables()
+            for header, rows in self._tables("**")
         )  # fmt: skip
 
-    def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
+    def _tables(self, mark: str) -> list[tuple[list[str], list[list[str]]]]:
         fixed = [e for e in self.entries if e.nfe is not None]
         budgets = sorted({e.nfe for e in fixed if e.nfe is not None})
         tables = []
@@ -82,7 +82,7 @@ class Comparison:
             names.sort(
                 key=lambda name: _mean_log([value.get((name, n), math.nan) / max(least[n], 1e-300) for n in budgets])
             )
-            rows = [[name, *(_cell(value.get((name, n)), least[n]) for n in budgets)] for name in names]
+            rows = [[name, *(_cell(value.get((name, n)), least[n], mark) for n in budgets)] for name in names]
             if rows:
                 tables.append(([head, *map(str, budgets)], rows))
         found = [e for e in self.entries if e.nfe is None]
@@ -150,7 +150,7 @@ class Comparison:
 
     def section(self) -> Section:
         """As a page has it."""
-        header, rows = next(iter(self._tables()), ([], []))
+        header, rows = next(iter(self._tables("")), ([], []))
         return Section(
             "compare: samplers on this model", "; ".join(self.notes()), header=header, rows=rows,
             figures=self.figures(), settings=self.settings,
@@ -162,7 +162,7 @@ def _mean_log(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.inf
 
 
-def _cell(value: float | None, least: float) -> str:
+def _cell(value: float | None, least: float, mark: str) -> str:
     if value is None or math.isnan(value):
         return ""
-    return f"**{value:.3g}**" if value == least else f"{value:.3g}"
+    return f"{mark}{value:.3g}{mark}" if value == least else f"{value:.3g}"

@@ -19,6 +19,7 @@ from sdekit.solvers.frame import FlowFrame, moment
 from sdekit.system import expand
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
+_MOST = 2**32  # bytes of the unit vectors of an exact divergence
 _NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
 
 
@@ -106,6 +107,12 @@ def make_divergence(x: Tensor, divergence: str, probes: int, seed: int | None, i
     probes = _checks.count(probes, "probes")
     if _checks.lookup({"exact": True, "hutchinson": False}, divergence, "divergence"):
         d = x[0].numel()
+        size = d**2 * x.element_size()
+        if size > _MOST:
+            raise ValueError(
+                f'divergence="exact" takes {d:,} vector-Jacobian products a step for items {tuple(x.shape[1:])}, whose '
+                f'vectors alone take {size / 2**30:,.0f} GiB: use divergence="hutchinson", probes=4'
+            )
         unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
         return Divergence(unit.expand(d, *x.shape), exact=True)
     draw = Noise(x, seed, ids, purpose="probe")

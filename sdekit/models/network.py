@@ -16,7 +16,7 @@ from sdekit.models.derived import Under
 from sdekit.processes.counted import called
 from sdekit.processes.kinds import KINDS, Kind, express, kind_of, to_score
 from sdekit.processes.sde import SDE
-from sdekit.system import as_time, expand
+from sdekit.system import as_time, expand, holds
 
 
 def prediction_target(predicts: str, sde: SDE, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -58,6 +58,7 @@ class NetworkScore:
         weights = network.parameters() if isinstance(network, nn.Module) else iter(())
         self._weight = next((w for w in weights if w.is_floating_point()), None)
         self.conditions: Conditions | None = None
+        self._in_place: bool | None = None  # whether the network changes its x, found out once: then it gets a copy
 
     @property
     def device(self) -> torch.device | None:
@@ -134,13 +135,17 @@ class NetworkScore:
             clock = ready.clone()  # which the network may change
         dtype = x.dtype if self._weight is None else self._weight.dtype
         y = x if x.dtype is dtype else x.to(dtype)
+        if self._in_place is not False and y is x:
+            y = x.clone()
         called(y.shape[0])
         if given is None and self.conditions is not None:
             given = self.conditions.of(x)
         out = self.network(y, clock) if given is None else self.network(y, clock, *given[0], **given[1])
+        if self._in_place is None and y is not x and y.dtype is x.dtype and not torch.compiler.is_compiling():
+            self._in_place = not holds(y == x)
         if self._take is not None:
             out = _taken(out, self._take, x)
-        if not isinstance(out, Tensor) or out.shape != x.shape:
+        if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
             raise ValueError(_wrong_output(out, x))
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
@@ -244,10 +249,15 @@ def _taken(out: Any, where: Any, x: Tensor) -> Any:
 def _wrong_output(out: Any, x: Tensor) -> str:
     if not isinstance(out, Tensor):
         return f"the network returned {_described(out)}; say where the prediction is with as_score(..., output=...)"
+    if out.shape == x.shape:
+        return f"the network must return floating numbers, got {out.dtype}{_COMPLEX if out.is_complex() else ''}"
     said = f"the network must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}"
     if x.ndim > 1 and out.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         said += '; twice the channels are a mean and a learned variance: as_score(..., output="mean") takes the mean'
     return said
+
+
+_COMPLEX = "; torch.view_as_real makes two real numbers of a complex one, for the state and for what is returned"
 
 
 def _described(out: Any) -> str:

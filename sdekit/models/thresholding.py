@@ -33,14 +33,21 @@ class Thresholded(Derived):
 
     def output(self, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
         """What the model inside says, of a moved x_0."""
-        inside, numbers = (None, [expand(y, x) for y in self._numbers(time)]) if ready is None else ready
+        inside, numbers = (
+            (None, [expand(y, x.to(self._wide(x))) for y in self._numbers(time)]) if ready is None else ready
+        )
         a, b, c = numbers
         out = ask(self.inside, x, time, inside)
         if out.shape != x.shape:
             raise ValueError(f"score must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}")
-        out = out.to(x.dtype)
-        x_0 = a * out + b * x
-        return out + c * (self._move(x_0) - x_0)
+        # In float16 c, alpha/sigma^2 to a score, is infinite near the data, and a is next to nothing.
+        out, y = (z.to(self._wide(x)) for z in (out.to(x.dtype), x))
+        x_0 = a * out + b * y
+        return (out + c * (self._move(x_0) - x_0)).to(x.dtype)
+
+    @staticmethod
+    def _wide(x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, torch.float32)
 
     def prepare(self, times: Sequence[float], x: Tensor) -> list[Any]:
         """The numbers at these times, and what the model inside makes of them."""

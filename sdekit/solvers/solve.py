@@ -164,6 +164,12 @@ def _solve(
     if system.churn and system.noise_type == "general":
         raise ValueError(f"step rules take additive or diagonal noise; for general noise use {backends.GENERAL}")
     if method in (*ADAPTIVE, ADAPTIVE_SDE):
+        least = 2 * torch.finfo(x.dtype).eps
+        if max(rtol, atol) < least:
+            raise ValueError(
+                f"rtol = {rtol:g} and atol = {atol:g} ask for more than {x.dtype} resolves, {least:.1g}: raise one of "
+                "them, or take a state of torch.float64"
+            )
         if system.churn and method != ADAPTIVE_SDE:
             raise ValueError(
                 f"{method} integrates ODEs: it needs churn = 0, got {system.churn:g}; use {ADAPTIVE_SDE} or a step rule"

@@ -20,7 +20,7 @@ def predictions(x, alpha, sigma, labels=None):
     """(E[x_0|x], E[eps|x]), like x, at alpha and sigma, () or (B,); given the labels (B,), where there are some."""
     alpha, sigma = (torch.as_tensor(y, dtype=torch.float64).expand(len(x)) for y in (alpha, sigma))
     if labels is None:
-        minus_score, x0 = MIXTURE._score(x, alpha, sigma)
+        minus_score, x0 = MIXTURE._mean(x, alpha, sigma, 0.0, 1.0), MIXTURE._mean(x, alpha, sigma, 1.0, 0.0)
         return x0.reshape(x.shape), (sigma[:, None] * minus_score).reshape(x.shape)
     a, s, flat = alpha[:, None], sigma[:, None], x.reshape(len(x), -1)
     mean, var = MEANS[labels], SPREADS[labels]

@@ -317,3 +317,9 @@ def test_inference_mode_and_a_start_with_gradient():
     _, out = sample_with_log_prob(sde, mixture.score(sde), (3, 2), x_T=x.requires_grad_(), rtol=1e-2, atol=1e-2)
     assert not out.log_prob.requires_grad
     assert not out.latent.requires_grad
+
+
+def test_an_exact_divergence_that_no_memory_holds_is_refused_before_it_is_allocated():
+    sde = VPSDE()
+    with pytest.raises(ValueError, match=r"196,608 vector-Jacobian.*\(3, 256, 256\).*144 GiB.*hutchinson"):
+        log_likelihood(sde, gaussian_score(sde), torch.zeros(1, 3, 256, 256))

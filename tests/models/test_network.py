@@ -332,3 +332,33 @@ def test_what_was_wrapped_for_another_process_is_not_carried_over_to_alpha_0():
                 run()
     same = as_score(lambda x, t: 0.3 * x, RectifiedFlow(3.0), "v")
     assert torch.isfinite(sample(other, same, x.shape, nfe=5, seed=0)).all()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_network_that_changes_its_input_changes_no_state(inference):
+    """nn.ReLU(inplace=True) as a first layer, or x.mul_: the state that the solver goes on with stays what it was."""
+    sde = VPSDE()
+
+    def clean(x, t):
+        return 0.3 * x.clamp_min(-0.5)
+
+    def in_place(x, t):
+        return x.clamp_min_(-0.5).mul_(0.3)
+
+    with torch.inference_mode(inference):
+        x = [sample(sde, as_score(f, sde, predicts="eps"), (5, 3), "heun", nfe=9, seed=0) for f in (clean, in_place)]
+    assert torch.equal(*x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(torch.int64, "got torch.int64"), (torch.bool, "got torch.bool"), (torch.complex64, "view_as_real")],
+)
+def test_what_is_no_floating_number_is_refused(dtype, message):
+    """PITFALL: whole numbers, truths and complex ones were cast to x's dtype in silence."""
+    score = as_score(lambda x, t: x.to(dtype), VPSDE(), predicts="eps")
+    with pytest.raises(ValueError, match=f"floating numbers, .*{message}"):
+        sample(VPSDE(), score, (2, 3), nfe=5, seed=0)
+    if dtype is torch.complex64:
+        with pytest.raises(TypeError, match="view_as_real"):
+            sample(VPSDE(), score, (2, 3), nfe=5, x_T=torch.zeros(2, 3, dtype=dtype))

@@ -109,3 +109,18 @@ def test_a_range_that_is_never_reached_changes_nothing_whatever_process_is_named
     x = sde.prior_sample((3, 2), seed=0)
     draw = lambda s: sample(sde, s, x.shape, "ddim", nfe=6, x_T=x)  # noqa: E731
     assert torch.equal(draw(static_threshold(sde, score, (-1e6, 1e6))), draw(score))
+
+
+@pytest.mark.parametrize("make", [static_threshold, dynamic_threshold])
+def test_half_precision_overflows_nowhere(make):
+    """PITFALL: of a score alpha/sigma^2 = 1e6 near the data, which float16 has not. x_0 is the exact one, clipped."""
+    sde = VPSDE()
+    wide = make(sde, gaussian_score(sde, 0.9), (-1.0, 1.0))
+    x = torch.linspace(-2, 2, 24).reshape(2, 12)
+    for t in (sde.t_min, 0.01, 0.5):
+        out = make(sde, lambda x, t: gaussian_score(sde, 0.9)(x.float(), t).half(), (-1.0, 1.0))(x.half(), t)
+        exact = wide(x.double(), t)
+        assert out.dtype is torch.float16
+        small = exact.abs() < 6e4
+        assert torch.isfinite(out[small]).all()
+        assert torch.allclose(out[small].double(), exact[small], rtol=5e-3, atol=5e-3 / float(sde.sigma(t)))

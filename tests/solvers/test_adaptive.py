@@ -396,3 +396,19 @@ def test_the_limit_counts_the_denoising():
         for method in ("rk45", "adams"):
             system = sde.probability_flow(gaussian_score(sde, 0.05))
             assert solve(system, x, [1.0, 1e-3], method, max_nfe=limit, denoise=True).nfe <= limit
+
+
+def test_a_tolerance_below_the_dtype_is_said_before_the_first_step():
+    sde = VPSDE()
+    calls = []
+
+    def score(x, t):
+        calls.append(t)
+        return -x
+
+    x = torch.zeros(2, 3)
+    for method in ("adams", "rk45"):
+        with pytest.raises(ValueError, match=r"rtol = 1e-09 and atol = 1e-09 .*float32 resolves, 2e-07.*float64"):
+            solve(sde.probability_flow(score), x, [sde.T, sde.t_min], method, rtol=1e-9, atol=1e-9)
+    assert not calls
+    assert solve(sde.probability_flow(score), x.double(), [sde.T, sde.t_min], "adams", rtol=1e-9, atol=1e-9).success
