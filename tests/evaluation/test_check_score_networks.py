@@ -33,7 +33,6 @@ def dropping(x, t):
         (lambda x, t: torch.cat([x, x], 1), "answers", 'output="mean"'),
         (lambda x, t: says(VP, "eps")(x, t) / (t < 0.9999)[:, None], "finite", "T = 1"),
         (lambda x, t: says(VP, "eps")(x, t) / ((t < 0.3) | (t > 0.9))[:, None], "finite", "t = "),
-        (writing, "input", "writes into x"),
         (lambda x, t: says(VP, "eps")(x - 0.3 * x.mean(0), t), "alone", "eval()"),
     ],
 )
@@ -41,6 +40,19 @@ def test_networks_that_cannot_be_sampled_are_named(network, line, words):
     report = check_score(VP, as_score(network, VP, "eps"), data(), search=line == "answers")
     assert failed(report) == [line]
     assert words in str(report[line])
+
+
+def test_what_writes_into_x_is_named_where_nobody_gives_it_a_copy():
+    """as_score gives such a network one; a score that is a bare function gets the state itself."""
+    assert check_score(VP, as_score(writing, VP, "eps"), data(), search=False).ok
+    sigma = VP.sigma
+
+    def score(x, t):
+        return -writing(x, t.expand(len(x))) / sigma(t)
+
+    report = check_score(VP, score, data(), search=False)
+    assert failed(report)[0] == "input"
+    assert "writes into x" in str(report["input"])
 
 
 def test_dropout_is_named():
