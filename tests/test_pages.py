@@ -46,7 +46,7 @@ def test_every_block_is_on_a_page():
 
 def test_pages_are_rewritten_in_place_and_checked(monkeypatch, tmp_path, capsys):
     for page in pages.PAGES:
-        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     pages.main(["--check"])

@@ -141,8 +141,8 @@ class NetworkScore:
         if given is None and self.conditions is not None:
             given = self.conditions.of(x)
         out = self.network(y, clock) if given is None else self.network(y, clock, *given[0], **given[1])
-        if self._in_place is None and y is not x and y.dtype is x.dtype and not torch.compiler.is_compiling():
-            self._in_place = not holds(y == x)
+        if self._in_place is None and y.dtype is x.dtype and not torch.compiler.is_compiling():
+            self._in_place = _changed(y, x)
         if self._take is not None:
             out = _taken(out, self._take, x)
         if not isinstance(out, Tensor) or out.shape != x.shape or not out.is_floating_point():
@@ -222,6 +222,13 @@ def as_score(
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise TypeError(f"output must be an attribute, a key, an index or a callable, got {output!r}")
     return NetworkScore(network, sde, predicts, time, output)
+
+
+def _changed(copied: Tensor, x: Tensor) -> bool | None:
+    """Whether a new copy of x has been written to since; None where a device would have to wait to tell."""
+    if not copied.is_inference():
+        return copied._version > 0
+    return not holds(copied == x) if x.device.type == "cpu" else None
 
 
 def _modules_above(*names: str) -> Iterator[bool]:
