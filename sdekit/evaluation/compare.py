@@ -60,6 +60,10 @@ def compare(
     """
     _checks.instance(sde)
     size, allowed = _checks.event_shape(shape), _checks.positive(seconds, "seconds")
+    if len(size) < 2:
+        raise ValueError(f"shape must be (B, *event), B noises of an event with an axis at least, got {tuple(size)}")
+    if samplers is not None and not isinstance(samplers, Mapping):
+        raise TypeError(f"samplers must be a mapping, name -> rule, Sampler or calibration, got {samplers!r}")
     if isinstance(nfe, int) or not len(nfe):
         raise ValueError(f"nfe must be budgets, one at least, such as (6, 10), got {nfe!r}")
     budgets = sorted({_checks.count(n, "nfe", minimum=2) for n in nfe})

@@ -20,6 +20,7 @@ from sdekit.processes.kinds import BLIND, KINDS, Kind, express, kind_of
 from sdekit.processes.sde import SDE
 
 _NUMBERS, _MOST = 2**16, 4096  # that it takes to tell clocks a step apart, and samples for it at most
+_PLAIN = 8  # clocks: those that count t
 _KEPT = 2**28  # numbers of what the network said, to be read in other ways
 
 
@@ -69,7 +70,7 @@ class Search:
         # A network that is told whole numbers may look them up in a table, and on a device to ask beyond its end is
         # the end of the process.
         ends = [own_clock(probe.model, torch.tensor(t, dtype=torch.float64)) for t in (probe.sde.t_min, probe.sde.T)]
-        self._last = None if ends[0].is_floating_point() else max(int(end.max()) for end in ends)
+        self.last = None if ends[0].is_floating_point() else max(int(end.max()) for end in ends)
 
     def process(self, name: str | None) -> SDE:
         """The process of that name, made once."""
@@ -146,8 +147,8 @@ class Search:
             clock = reading.clock.at(probe.model, sde, t)
         except ValueError:
             return None
-        if self._last is not None:
-            clock = clock.round().long().clamp(0, self._last)
+        if self.last is not None:
+            clock = clock.round().long().clamp(0, self.last)
         x0 = probe.x0[:n] if reading.transform is None else reading.transform.forward(probe.x0[:n])
         x = probe.state(k, sde, x0, float(t))
         told = tuple(round(float(c), 9) for c in clock.reshape(-1))
@@ -217,8 +218,19 @@ def identify(probe: Probe) -> Identified:
 
     def judged() -> Identified:
         best = min(sure, key=lambda fit: fit.beside(mine))
+        order = [OWN, *clocks(search.process(best.reading.process)), *near_by]
+        if search.last is not None:  # of a table, which has no entry for 1000 t at T
+            order.sort(key=lambda clock: not (clock is OWN or "index" in clock.name))
+        # Where the data cannot tell, the plainest clock is said, which may not have been among the few looked at.
+        plain = [replace(best.reading, clock=clock) for clock in order[best.reading.process is not None : _PLAIN]]
+        known = [fit.reading for fit in sure]
+        sure.extend(search.fits([reading for reading in plain if reading not in known], every, n))
         ties = [fit for fit in sure if fit.levels and not better(best, fit)] or [best]
-        ties.sort(key=lambda fit: (fit.reading.changes(own.predicts), fit.beside(mine)))
+        ties.sort(key=lambda fit: (
+            fit.reading.changes(own.predicts),
+            order.index(fit.reading.clock) if fit.reading.clock in order else len(order),
+            fit.beside(mine),
+        ))  # fmt: skip
         return Identified(ties[0], ties[1:], mine, probe)
 
     changes = transforms(probe.x0)
@@ -254,8 +266,8 @@ def allowed(predicts: str, probe: Probe) -> Tensor:
 
 
 def fits(fit: Fit, probe: Probe) -> bool:
-    """Whether a reading is as it should be: at no level worse than the trivial denoiser."""
-    losses = fit.losses.mean(1)
+    """Whether a reading is as it should be: at no level worse than the trivial denoiser, beyond chance."""
+    losses = torch.stack([level.mean() - chance(level, 4) for level in fit.losses])
     return fit.levels > 0.7 * len(losses) and bool(
         ((losses <= allowed(fit.reading.predicts, probe)) | losses.isnan()).all()
     )

@@ -79,7 +79,7 @@ def shifts(sde: SDE) -> list[Clock]:
     n = steps_of(sde)
     return [
         Clock(f"as given, one step of {n} {way}", partial(_shifted, k / n),
-              f"lambda t: clock((t {sign} sde.T / {n}).clamp(0, sde.T)), of the clock it has", k)
+              f"lambda t: clock((t {sign} sde.T / {n}).clamp(0, sde.T))", k)
         for k, way, sign in ((1, "later", "+"), (-1, "earlier", "-"))
     ]  # fmt: skip
 

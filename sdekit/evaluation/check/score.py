@@ -169,7 +169,8 @@ def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
     others = [fit for fit in found.others if not torch.allclose(fit.losses, best.losses, rtol=1e-4, equal_nan=True)]
     same = [str(fit.reading).removeprefix("it predicts ") for fit in others[:3]]
     if same:
-        text += f" (these data cannot tell that from: {'; '.join(same)})"
+        more = f" and {len(others) - 3} others" if len(others) > 3 else ""
+        text += f" (these data cannot tell that from: {'; '.join(same)}{more})"
     if not found.fits(best):
         text = f"nothing fits; nearest, {text}"
     return Line("reading", "fail", own.loss / left, text, _advice(best.reading, name)), str(best.reading)
@@ -177,16 +178,18 @@ def _reading(found: Identified, name: str, mean: Verdict) -> tuple[Line, str]:
 
 def _advice(reading: Reading, name: str) -> str:
     """What to write instead."""
-    said = []
+    said, rest = [], []
     if reading.predicts != name:
         said.append(f'predicts="{reading.predicts}"')
-    if reading.process is not None:
-        said.append(f"sde={reading.process.split(' (')[0]}")
     if reading.clock != OWN:
         said.append(f"time={reading.clock.code}")
-    text = f"as_score(network, {', '.join(said)})" if said else ""
     if reading.factor != 1:
-        text += f"{', and ' if text else ''}multiply what the network returns by {reading.factor:.3g} (output=)"
+        said.append(f"output=lambda out: {reading.factor:.3g} * out")
+    if reading.process is not None:
+        rest.append(f"with sde = {reading.process.split(' (')[0]}")
+    if reading.clock.shift:
+        rest.append("where clock is the time= that it has")
     if reading.transform is not None:
-        text += f"{', and ' if text else ''}bring the data to what it was trained on: {reading.transform.name}"
-    return text or "see what the network is given"
+        rest.append(f"bring the data to what it was trained on: {reading.transform.name}")
+    call = [f"as_score({', '.join(['network', 'sde', *said])})"] if said or reading.process is not None else []
+    return "; ".join([*call, *rest]) or "see what the network is given"
