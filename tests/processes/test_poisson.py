@@ -76,7 +76,7 @@ def test_the_flow_carries_the_law_at_T_to_every_other(d):
     Two samples of 600 differ by less than sqrt(21.4/600) = .19 but for one time in 1e-9 each. (In the plane, against
     exact distribution functions: test_conformance.)
     """
-    sde, n, t, data = PoissonFlow(d), 600, 0.6, PointSet(DIGITS.points[:50])
+    sde, n, t, data = PoissonFlow(d), 600, 0.6, DIGITS
     pick = torch.arange(n) % len(data.points)
     x_T = sde.perturb(data.points[pick], sde.T, seed=1)
     got = sample(sde, data.score(sde), x_T.shape, "dpmpp_2m", grid=torch.linspace(80 ** (1 / 7), t ** (1 / 7), 40) ** 7,
