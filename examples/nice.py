@@ -75,7 +75,11 @@ def batch(x, step, size):
     return x[torch.arange(step * size, (step + 1) * size) % len(x)]
 
 
+stations = []
+
+
 def row(name, value, unit, seconds=None):
+    stations.append(f"| {name} | {value:.3f} {unit} | {'' if seconds is None else f'{seconds:.0f} s'} |")
     print(f"{name}: {value:.3f} {unit}" + ("" if seconds is None else f", {seconds:.1f} s of training"))
 
 
@@ -182,3 +186,4 @@ for ax, (name, y) in zip(axes[1], {"data": levels[:64], **drawn}.items(), strict
     ax.imshow(tiles.permute(0, 2, 1, 3).reshape(80, 80), cmap="gray_r")
     ax.set(title=f"digits: {name}")
 figure.savefig("nice.png", dpi=110)
+print("\n".join(["", "| station | log p, or bits | training |", "|---|---|---|", *stations]))
