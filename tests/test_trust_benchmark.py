@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import compare_digits
 import trust
 from page_data import rows
 
@@ -73,3 +74,12 @@ def test_a_quick_run_writes_the_same_columns(tmp_path, capsys, monkeypatch):
     assert [row["mistake"] for row in written] == [*(one.mistake for one in few[:3]), "", "", ""]
     assert all(is_ok(row) == (not row["mistake"]) for row in written)
     assert "Of 3 planted mistakes 3 are found and 3 named right" in capsys.readouterr().out
+
+
+def test_compare_names_rows_that_real_images_would():
+    """At each budget, to within the spread over seeds of the best row's Fréchet distance; euler and ddim are not so."""
+    found, real = rows("compare"), compare_digits.distances()
+    for budget in compare_digits.BUDGETS:
+        least, spread = min(real[budget].values())
+        assert real[budget][compare_digits.best(found, budget)[0]][0] < least + spread
+        assert real[budget]["ddim"][0] > least + spread or budget == 20
