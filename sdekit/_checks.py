@@ -38,6 +38,18 @@ def count(value: Any, name: str, *, minimum: int = 1) -> int:
     return int(value)
 
 
+def ids(given: Sequence[int] | None, batch: int) -> Sequence[int]:
+    """The samples' global numbers, 0 ... B-1 unless given."""
+    if given is None:
+        return range(batch)
+    numbers = [count(i, "ids", minimum=0) for i in given]
+    if len(numbers) != batch:
+        raise ValueError(f"ids must hold one number per sample: got {len(numbers)} for a batch of {batch}")
+    if numbers and max(numbers) >= 2**64:
+        raise ValueError(f"ids must be below 2^64, got {max(numbers)}")
+    return numbers
+
+
 def event_shape(shape: Sequence[int]) -> torch.Size:
     """A sample shape (B, *event) with B >= 1 and no empty axis."""
     try:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sdekit.adapters.k_diffusion import calibration_sigmas, noise_scale, sampler, sigmas
 from sdekit.sampling.calibration import load_calibration
-from sdekit.sampling.fixed import SAMPLERS
 from sdekit.sampling.grids import GRIDS, INNER
+from sdekit.sampling.samplers import SAMPLERS
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 

@@ -25,8 +25,9 @@ from sdekit.processes.gaussian import HeatODE, RectifiedFlow
 from sdekit.processes.sde import SDE
 from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import Plan, Sampler, as_sampler
+from sdekit.sampling.fixed import Plan
 from sdekit.sampling.grids import INNER, Grid, make_grid
+from sdekit.sampling.samplers import Sampler, as_sampler
 from sdekit.solvers.steppers import RULES, StepRule
 
 

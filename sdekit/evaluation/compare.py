@@ -10,14 +10,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdekit import _checks
+from sdekit.batch import samples
 from sdekit.evaluation.comparison import Comparison, Entry
 from sdekit.evaluation.metrics import Extractor, frechet_distance, sliced_wasserstein
 from sdekit.models.derived import Derived
-from sdekit.processes.counted import as_model, ask, counting, samples
+from sdekit.processes.counted import as_model, ask, counting
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibrate import price
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import SAMPLERS, Sampler, as_sampler, sample
+from sdekit.sampling.fixed import sample
+from sdekit.sampling.samplers import SAMPLERS, Sampler, as_sampler
 from sdekit.solvers.solution import rms
 from sdekit.solvers.solve import solve
 from sdekit.solvers.steppers import StepRule

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdekit import _checks
+from sdekit.batch import Padding, entries
 from sdekit.noise.keyed import Noise
 from sdekit.processes.counted import Moment
 from sdekit.processes.reverse import Reverse
@@ -102,7 +103,9 @@ class Divergence:
         return torch.stack(each)
 
 
-def make_divergence(x: Tensor, divergence: str, probes: int, seed: int | None, ids: Sequence[int] | None) -> Divergence:
+def make_divergence(
+    x: Tensor, divergence: str, probes: int, seed: int | None, ids: Sequence[int] | None, padding: Padding | None
+) -> Divergence:
     """The divergence of that name, for a batch like x."""
     probes = _checks.count(probes, "probes")
     if _checks.lookup({"exact": True, "hutchinson": False}, divergence, "divergence"):
@@ -115,10 +118,14 @@ def make_divergence(x: Tensor, divergence: str, probes: int, seed: int | None, i
             )
         unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
         return Divergence(unit.expand(d, *x.shape), exact=True)
-    draw = Noise(x, seed, ids, purpose="probe")
-    return Divergence(
-        torch.stack([torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)]), exact=False
-    )
+    draw = Noise(x, seed, ids, purpose="probe", mask=padding)
+    vectors = [torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)]
+    return Divergence(torch.stack(vectors if padding is None else [padding.only(v) for v in vectors]), exact=False)
+
+
+def column(n: Any, like: Tensor) -> Any:
+    """What :func:`sdekit.batch.entries` says, as it multiplies (b, columns)."""
+    return n if isinstance(n, int) else n[:, None].to(like)
 
 
 class Density(Adams):
@@ -130,8 +137,9 @@ class Density(Adams):
         super().__init__(self._slopes, rtol, atol)
         self.system, self.divergence, self.graph = system, divergence, graph
         self.frame, self.event, self.d = FlowFrame(system), x.shape[1:], x[0].numel()
+        self.n = entries(x)  # D, of what is real
         # What sums in x's dtype resolve is not asked for: with D terms of size 1, about D roundings.
-        self.nats = atol + rtol * self.d**0.5 + 8 * torch.finfo(x.dtype).eps * self.d
+        self.nats = atol + rtol * self.n**0.5 + 8 * torch.finfo(x.dtype).eps * self.n
         # score and divergence at both ends, for the corrections: the last evaluation of a sample there is the one kept
         self.seen = {end: (torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))) for end in ("t_min", "T")}
 
@@ -157,19 +165,22 @@ class Density(Adams):
         out, div = self.divergence(self.system, x, moment(lv, x), run, self.graph)
         flat, out = x.reshape(-1, self.d), out.reshape(-1, self.d)
         c, own = (expand(y, flat) for y in self.system.score_of(lv))
+        d: Any = self.d
+        self._nats = self.nats
+        if isinstance(self.n, Tensor):  # what is real of each of these samples
+            d, self._nats = self.n.cpu().double()[run.cpu()], self.nats[run]
         score = (c * out + own * flat).detach()
         for end, (points, scores, divs) in self.seen.items():
             there = u == self.ends[end]
             if there.any():
                 at = run[there]
                 points[at], scores[at] = x.detach()[there], score.reshape(x.shape)[there]
-                divs[at] = (c * div + own * self.d).detach().mean(1)[there]
+                divs[at] = (c * div + own * column(d, flat)).detach().mean(1)[there]
         a, b = self.frame.linear(lv)
         self._pull = expand(n, flat) * score  # grad log q(y)
         slope = expand(a, flat) * out + expand(b, flat) * flat
-        return torch.cat(
-            [slope, expand(n * a, flat) * div + expand(n * b * self.d, flat), torch.zeros_like(flat[:, :1])], 1
-        )
+        grown = expand(n * a, flat) * div + expand(n * b * d, flat)
+        return torch.cat([slope, grown, torch.zeros_like(flat[:, :1])], 1)
 
     def judge(
         self, y: Tensor, predicted: Tensor, corrected: Tensor, lower: Callable[[], Tensor]
@@ -180,4 +191,4 @@ class Density(Adams):
             nats = ((self._pull * off[:, : self.d]).sum(1) + off[:, self.d : -1].mean(1)).abs()
             _, state = super().judge(y[:, : self.d], predicted[:, : self.d], corrected[:, : self.d], lower)
         y_new = torch.cat([corrected[:, :-1], corrected[:, -1:] + nats[:, None]], 1)
-        return y_new, torch.maximum(nats / self.nats, state)
+        return y_new, torch.maximum(nats / self._nats, state)

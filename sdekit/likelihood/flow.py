@@ -10,7 +10,8 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.likelihood.density import Density, Divergence, make_divergence
+from sdekit.batch import Padding, entries, only_real, padded, unpadded
+from sdekit.likelihood.density import Density, Divergence, column, make_divergence
 from sdekit.models.derived import Whitened
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
@@ -80,6 +81,7 @@ def log_likelihood(
     ids: Sequence[int] | None = None,
     differentiable: bool = False,
     progress: bool = False,
+    mask: Tensor | None = None,
 ) -> Likelihood:
     """log p(x) = log p_T(x_T) + integral from t_min to T of div f_ode(x_t, t) dt  (Song et al. 2021, eq. 39).
 
@@ -97,8 +99,10 @@ def log_likelihood(
     fixed along the path). ``prior_log_prob``: (B, *event) -> (B,), default ``sde.prior_log_prob``.
     Of a process that is no diffusion (PoissonFlow) the density at t_min is all that is known: ``corrected`` is that,
     and ``interval`` NaN.
-    ``seed``, ``ids``: of the probes, as in :func:`sdekit.sample`. ``differentiable``: keep the graph, so that
-    ``log_prob`` and ``latent`` have gradients to x and to the score's parameters (memory grows with the evaluations).
+    ``seed``, ``ids``: of the probes, as in :func:`sdekit.sample`. ``mask``: of padded samples, as there: the density
+    is that of what is real (a ``prior_log_prob`` gets latents with 0 elsewhere). ``differentiable``: keep the graph, so
+    that ``log_prob`` and ``latent`` have gradients to x and to the score's parameters (memory grows with the
+    evaluations).
     Raises ValueError or TypeError for bad input and for a score that is not differentiable in x, FloatingPointError for
     one that is not finite, SolverError where a sample cannot reach T.
     """
@@ -106,9 +110,9 @@ def log_likelihood(
     if not isinstance(differentiable, bool):
         raise ValueError(f"differentiable must be True or False, got {differentiable!r}")
     x = _checks.state(x)
-    x = x if differentiable else x.detach()
-    make = make_divergence(x, divergence, probes, seed, ids)
-    with torch.set_grad_enabled(differentiable):
+    x, padding = x if differentiable else x.detach(), Padding.of(mask, x.shape, sde)
+    make = make_divergence(x, divergence, probes, seed, ids, padding)
+    with torch.set_grad_enabled(differentiable), padded(padding):
         return _solve(sde, score, x, True, make, rtol, atol, prior_log_prob, differentiable, progress)[1]
 
 
@@ -128,6 +132,7 @@ def sample_with_log_prob(
     dtype: torch.dtype | None = None,
     ids: Sequence[int] | None = None,
     progress: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Likelihood]:
     """Samples x of shape (B, *event) at t_min by the probability flow, and their :class:`Likelihood`, in one solve.
 
@@ -135,12 +140,11 @@ def sample_with_log_prob(
     point that is returned. Other arguments as in :func:`sdekit.ode_sample`.
     """
     _checks.instance(sde)
+    padding = Padding.of(mask, shape, sde)
     with torch.no_grad():
-        times = torch.tensor([sde.T, sde.t_min], dtype=torch.float64)
-        x = state(sde, score, shape, float(times[0]), seed, x_T, device, dtype, ids)
-    x = x.detach()
-    make = make_divergence(x, divergence, probes, seed, ids)
-    with torch.no_grad():
+        x = state(sde, score, shape, sde.T, seed, x_T, device, dtype, ids, padding).detach()
+    make = make_divergence(x, divergence, probes, seed, ids, padding)
+    with torch.no_grad(), padded(padding):
         return _solve(sde, score, x, False, make, rtol, atol, prior_log_prob, False, progress)
 
 
@@ -168,6 +172,7 @@ def _solve(
             return _solve(sde, score, x.clone(), forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     b, d = x.shape[0], x[0].numel()
     here, there = (sde.t_min, sde.T) if forwards else (sde.T, sde.t_min)
+    x, real = only_real(x), entries(x)
     given, x = x, sde.centre(x, here)  # of a process with a mean of its own, all is done without it
     system = sde.probability_flow(score)
     system.prepare([sde.t_min, sde.T], x)
@@ -185,7 +190,7 @@ def _solve(
         raise SolverError(solution)
     end = sde.place((solution.x[:, :d] * last).reshape(x.shape), there)
     latent = end if forwards else given
-    prior = (prior_log_prob or sde.prior_log_prob)(latent)
+    prior = prior_log_prob(latent) if prior_log_prob else unpadded(sde.prior_log_prob, latent)
     if prior.shape != (b,):
         raise ValueError(f"prior_log_prob must return shape ({b},), got {tuple(prior.shape)}")
     # log q(y) at t_min less that at T; log p(x) = log q(y) - d log n
@@ -201,7 +206,7 @@ def _solve(
         if not prior_log_prob:
             mismatch, prior_error = _mismatch(sde, system, *method.seen["T"])
     likelihood = Likelihood(
-        log_prob=prior + change.mean(1) + d * math.log(high / low),
+        log_prob=prior + change.mean(1) + real * math.log(high / low),
         stderr=stderr.detach(),
         solver_error=solution.x[:, -1].detach(),
         truncation=truncation,
@@ -246,7 +251,7 @@ def _truncation(
     (x/alpha(0), v(0)), A and the gradient alpha score are taken as linear, through the values at the start and as far
     again on the other side of it.
     """
-    b, d = x.shape[0], x[0].numel()
+    b, d, real = x.shape[0], x[0].numel(), entries(x)
     a0, a1 = float(sde.alpha(0.0)), float(sde.alpha(sde.t_min))
     v0, v1 = (float(sde.sigma(0.0)) / a0) ** 2, (float(sde.sigma(sde.t_min)) / a1) ** 2
     t = float(sde.inverse_half_log_snr(-math.log(2 * v1 - v0) / 2))
@@ -255,13 +260,13 @@ def _truncation(
     out, div_out = divergence(system, far_x, moment(lv, x), everyone, False)
     c, own = system.score_of(lv)
     farther = expand(c, x) * out + expand(own, x) * far_x
-    div_farther = expand(c, div_out) * div_out + expand(own, div_out) * d
+    div_farther = expand(c, div_out) * div_out + expand(own, div_out) * column(real, div_out)
     near, far = (a1 * score).reshape(b, d), (a2 * farther).reshape(b, d)
     slope = (a1**2 * div + near.square().sum(1)) / 2
     bend = (v1 - v0) / 2 * ((a2**2 * div_farther.mean(1) + far.square().sum(1)) / 2 - slope)
     move = (sde.place(x, sde.t_min) / a0 - x / a1).reshape(b, d)
     turn = ((near - far) * move).sum(1) / 2
-    first = (near * move).sum(1) - (v1 - v0) * slope + d * math.log(a1 / a0)
+    first = (near * move).sum(1) - (v1 - v0) * slope + real * math.log(a1 / a0)
     return first + bend + turn, bend.abs() + turn.abs()
 
 
@@ -282,5 +287,5 @@ def _mismatch(sde: SDE, system: Reverse, x: Tensor, score: Tensor, div: Tensor) 
         at_zero = (expand(system.score_of(lv)[0], x) * out).reshape(b, d)
     x, delta = x.reshape(b, d), (score + x / var).reshape(b, d)
     first = (at_zero * x).sum(1)
-    second = ((delta - at_zero) * x).sum(1) / 2 - var / 2 * (div + d / var + at_zero.square().sum(1))
+    second = ((delta - at_zero) * x).sum(1) / 2 - var / 2 * (div + entries(x) / var + at_zero.square().sum(1))
     return first + second, second.abs()

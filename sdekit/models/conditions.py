@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdekit.processes.counted import asked
+from sdekit.batch import asked
 
 Chosen = tuple[tuple[Any, ...], dict[str, Any]]
 

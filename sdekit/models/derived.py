@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.counted import Model, as_model, ask, samples
+from sdekit.batch import samples
+from sdekit.processes.counted import Model, as_model, ask
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, to_score
 from sdekit.processes.law import law_of, require_centred, require_same
 from sdekit.processes.reverse import levels_of

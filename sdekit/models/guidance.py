@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import entries, only_real
 from sdekit.models.conditions import ApartError, joined
 from sdekit.models.derived import finished, inside
 from sdekit.models.guided import Apart, Classified, Guided, Mix, Together, band, each
@@ -188,7 +189,7 @@ def _line(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 def _rescaled(c: Tensor, u: Tensor, scale: float, share: float) -> Tensor:
     out = _line(c, u, scale)
-    wanted, got = (_wide(y).reshape(len(y), -1).std(1, correction=0) for y in (c, out))
+    wanted, got = (_std(_wide(y)) for y in (c, out))
     factor = torch.where(got > 0, wanted / got, 1.0)
     return out * each(share * factor + (1 - share), out)
 
@@ -204,6 +205,14 @@ def _projected(c: Tensor, u: Tensor, scale: float, parallel: float, bound: float
 def _zero_star(c: Tensor, u: Tensor, scale: float) -> Tensor:
     s = _dot(c, u) / _dot(u, u).clamp_min(torch.finfo(u.dtype).tiny)
     return _line(c, each(s, u) * u, scale)
+
+
+def _std(y: Tensor) -> Tensor:
+    n = entries(y)
+    if isinstance(n, int):
+        return y.reshape(len(y), -1).std(1, correction=0)
+    mean = y.reshape(len(y), -1).sum(1) / n
+    return (only_real(y - each(mean, y)).square().reshape(len(y), -1).sum(1) / n).sqrt()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

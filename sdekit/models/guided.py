@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdekit.batch import only_real
 from sdekit.models.conditions import Conditions, joined
 from sdekit.models.derived import Derived, columns, fitting, gradient_of, inside, leaf
 from sdekit.models.network import NetworkScore
@@ -127,7 +128,7 @@ class Guided(Derived):
             return numbers[3] * x
         if within is False:
             return ask(self.pair.strong, x, time, None if inside is None else inside[0])
-        c, u = self.pair.both(x, time, inside)
+        c, u = (only_real(y) for y in self.pair.both(x, time, inside))
         if numbers:
             a, b, back, rest = numbers
             out = back * self._mix(a * c + b * x, a * u + b * x) + rest * x

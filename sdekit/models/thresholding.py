@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import entries, only_real
 from sdekit.models.derived import Derived
 from sdekit.processes.counted import as_model, ask
 from sdekit.processes.kinds import Kind, express, kind_of
@@ -90,9 +91,14 @@ def dynamic_threshold(
 
 def _press(x_0: Tensor, middle: float, half: float, percentile: float) -> Tensor:
     off = x_0 - middle
-    flat = off.reshape(len(off), -1).abs()
-    k = min(flat.shape[1], int(percentile * (flat.shape[1] - 1)) + 1)  # kthvalue: quantile has a limit of size
-    s = flat.kthvalue(k, dim=1).values.clamp_min(half).reshape(-1, *(1,) * (off.ndim - 1))
+    flat, n = only_real(off).reshape(len(off), -1).abs(), entries(off)
+    if isinstance(n, int):
+        k = min(n, int(percentile * (n - 1)) + 1)  # kthvalue: quantile has a limit of size
+        s = flat.kthvalue(k, dim=1).values
+    else:  # what is not real is 0, and comes first
+        place = flat.shape[1] - n + (percentile * (n.double() - 1)).floor()
+        s = flat.sort(1).values.gather(1, place.long()[:, None])[:, 0]
+    s = s.clamp_min(half).reshape(-1, *(1,) * (off.ndim - 1))
     inside = s <= half  # nothing to do for that sample, to the bit
     return torch.where(inside & (off.abs() <= half), x_0, middle + off.clamp(-s, s) * (half / s))
 

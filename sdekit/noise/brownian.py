@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdekit.batch import Padding
 from sdekit.noise.keyed import Noise
 
 _DEPTH = 40  # halvings of the interval at most: a time is taken to 2^-40 of it
@@ -40,7 +41,7 @@ class BrownianPath(Noise):
     sample ids[i] has the same path in any batch and on every device, rounded to like's dtype. ``normal()``, for draws
     that belong to no path, is Noise's; euler_maruyama, milstein, heun, rk4, sra1, adaptive_sra1 and torchsde's methods
     follow it.
-    Arguments as there; ``start`` and ``end`` in either order.
+    Arguments as there, ``mask`` too; ``start`` and ``end`` in either order.
     Raises ValueError for times outside the interval and where start = end.
     """
 
@@ -53,14 +54,21 @@ class BrownianPath(Noise):
         start: float,
         end: float,
         root: Callable[[Tensor], Tensor] | None = None,
+        mask: Tensor | Padding | None = None,
     ) -> None:
-        super().__init__(like, seed, ids, root=root)
+        super().__init__(like, seed, ids, root=root, mask=mask)
         self._low, self._high = sorted((float(start), float(end)))
         if not math.isfinite(self._high - self._low) or self._low == self._high:
             raise ValueError(f"start and end must be two finite times, got {start:g} and {end:g}")
         self._all = np.arange(like.shape[0])
         places = np.arange(len(self._streams.keys) * self._share)[self._streams.rows]
         self._chunk, self._place = places // self._share, places % self._share
+        self._sizes: list[tuple[Any, BrownianPath]] = []  # padded samples of one size: who, and their paths without it
+        if self.padding is not None:
+            for rows, where in self.padding.groups:
+                some = like.new_empty(len(rows), len(where) // len(rows))
+                path = BrownianPath(some, self._seed, [self._ids[i] for i in rows], start=start, end=end)
+                self._sizes.append((np.asarray(rows), path))
         span = self._high - self._low
         drawn, zero = self._draw(0, np.zeros_like(self._all), self._all), np.zeros(tuple(like.shape))
         self._tree = [
@@ -171,11 +179,25 @@ class BrownianPath(Noise):
 
     def _draw(self, level: int, index: Any, rows: Any) -> Any:
         """Two standard normals for every entry of those samples, (2, b, *event): those of one node each."""
+        if self._sizes:
+            return self._padded_draw(level, index, rows)
         keys, which = np.unique((self._chunk[rows] << _DEPTH + 1) + index, return_inverse=True)
         places = [(key >> _DEPTH + 1, struct.pack("<qq", level, key % 2 ** (_DEPTH + 1))) for key in keys.tolist()]
         drawn = self._normals(places, self._share * 2 * self._event.numel())  # neighbours at one node share a chunk
         blocks = drawn.reshape(len(keys), self._share, 2, *self._event)
         return blocks[which, self._place[rows]].swapaxes(0, 1)
+
+    def _padded_draw(self, level: int, index: Any, rows: Any) -> Any:
+        """:meth:`_draw` of samples that are padded: what each would get without, and 0 elsewhere."""
+        real = self.padding.real.cpu().numpy()  # type: ignore[union-attr]
+        drawn = np.zeros((2, len(rows), *self._event), dtype=np.float32)
+        for who, path in self._sizes:
+            mine, place = np.nonzero(np.isin(rows, who))[0], np.searchsorted(who, rows)
+            if len(mine):
+                some = np.zeros((2, len(mine), *self._event), dtype=np.float32)
+                some[:, real[rows[mine]]] = path._draw(level, index[mine], place[mine]).reshape(2, -1)
+                drawn[:, mine] = some
+        return drawn
 
 
 def _numbers(t: float | Tensor) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import Padding
 
 _SHARE = 256  # numbers that are made at a time, at least; part of what a seed means
 _BLOCK = 2**16  # at most so many go through the formula together (or one sample's): the cache holds them
@@ -44,6 +45,8 @@ class Noise:
     or None for fresh entropy. ``ids``: the samples' global numbers (default 0 ... B-1). ``purpose``: draws for one
     never move those for another; solvers' noise is "path", beside "prior", "probe", "perturb" and "data". ``root``:
     what is drawn is L z, z standard normal, with this L, a linear map (B, *event) -> (B, *event) of each sample alone.
+    ``mask``: of padded samples, as in :func:`sdekit.sample`: the real entries' numbers are those that the sample would
+    get without its padding, which gets 0.
     Raises TypeError or ValueError for a like, a seed or ids that cannot be used.
     """
 
@@ -55,21 +58,24 @@ class Noise:
         *,
         purpose: str = "path",
         root: Callable[[Tensor], Tensor] | None = None,
+        mask: Tensor | Padding | None = None,
     ) -> None:
         _checks.floating(like.dtype, "like")
         if like.ndim == 0:
             raise ValueError("like must have shape (B, *event), got a 0-d tensor")
         seed = secrets.randbits(63) if seed is None else _checks.count(seed, "seed", minimum=0)
-        ids = range(like.shape[0]) if ids is None else [_checks.count(i, "ids", minimum=0) for i in ids]
-        if len(ids) != like.shape[0]:
-            raise ValueError(f"ids must hold one number per sample: got {len(ids)} for a batch of {like.shape[0]}")
-        if ids and max(ids) >= 2**64:
-            raise ValueError(f"ids must be below 2^64, got {max(ids)}")
+        ids = _checks.ids(ids, like.shape[0])
         self.shape, self.dtype, self.root = like.shape, like.dtype, root
         self._event, self._device = like.shape[1:], like.device
         # Small events are drawn many at a time: one chunk of numbers serves some neighbouring ids.
         self._share = max(1, _SHARE // max(1, self._event.numel()))
-        self._who, self._ids = f"{purpose} {seed}", ids
+        self._who, self._ids, self._seed = f"{purpose} {seed}", ids, seed
+        self.padding = Padding.of(mask, like.shape, self)
+        self._parts: dict[int, Noise] = {}  # of the samples of one size, by that
+        if self.padding is not None:
+            for rows, where in self.padding.groups:
+                part, n = [ids[i] for i in rows], len(where) // len(rows)
+                self._parts[n] = Noise(like.new_empty(len(rows), n), seed, part, purpose=purpose)
         self.enter(0.0, 0.0)
 
     @functools.cached_property
@@ -90,9 +96,14 @@ class Noise:
     def enter(self, t: float, s: float) -> None:
         """The draws that follow are those of the step from t to s, from its first on. Loops call it, rules draw."""
         self._interval, self._drawn = _FLOAT32.unpack(_FLOAT32.pack(t, s)), 0
+        for part in self._parts.values():
+            part.enter(t, s)
 
     def normal(self) -> Tensor:
         """The next standard normal tensor of the interval, (B, *event); L times one where there is a ``root``."""
+        if self.padding is not None:
+            like = torch.empty(self.shape, dtype=self.dtype, device=self._device)
+            return self.padding.spread(lambda rows, n: self._parts[n].normal(), like)
         place = struct.pack("<ddq", *self._interval, self._drawn)
         self._drawn += 1
         chunks = len(self._streams.keys)

@@ -18,8 +18,8 @@ from sdekit.posterior.local import conjugate_gradients
 from sdekit.posterior.observation import Observation
 from sdekit.processes.law import require_white
 from sdekit.processes.sde import SDE
-from sdekit.sampling.fixed import Sampler, as_sampler
 from sdekit.sampling.grids import INNER, make_grid
+from sdekit.sampling.samplers import Sampler, as_sampler
 from sdekit.sampling.starts import state
 from sdekit.solvers.solution import bar
 from sdekit.solvers.solve import solve

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdekit import _checks
+from sdekit.batch import asked
 from sdekit.noise.keyed import Noise
-from sdekit.processes.counted import asked
 
 Map = Callable[[Tensor], Tensor]
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import samples
 from sdekit.models.derived import Chunked
 from sdekit.noise.keyed import Noise
 from sdekit.posterior.observation import Observation
 from sdekit.posterior.scores import DENSE, PosteriorScore, posterior_score
-from sdekit.processes.counted import ask, counting, samples
+from sdekit.processes.counted import ask, counting
 from sdekit.processes.sde import SDE
-from sdekit.sampling.fixed import Plan, Sampler, as_sampler, plan
+from sdekit.sampling.fixed import Plan, plan
 from sdekit.sampling.grids import Grid
+from sdekit.sampling.samplers import Sampler, as_sampler
 from sdekit.sampling.starts import bridge, state
 from sdekit.solvers.solution import bar
 from sdekit.solvers.steppers import StepRule

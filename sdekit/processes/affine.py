@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.processes.counted import asked
+from sdekit.batch import asked
 from sdekit.processes.law import digest
 from sdekit.processes.sde import SDE
 from sdekit.system import Coefficients, Time, as_time, expand, float64, holds

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from sdekit.batch import asked, asking, only_real
 
 
 class Model(Protocol):
@@ -84,31 +86,6 @@ class Moment(NamedTuple):
     b: Any
 
 
-# Which samples of how large a batch a model is being asked for, where it is not all of them. A context's, so that it
-# reaches a network through whatever closure a user has put around it.
-_asked: ContextVar[tuple[Tensor, int] | None] = ContextVar("samples", default=None)
-
-
-def samples(rows: Tensor, total: int) -> AbstractContextManager[None]:
-    """Within, models are asked for the samples ``rows`` (b,) of a batch of ``total``; conditions follow them."""
-    outer = _asked.get()
-    return _asking((rows, total) if outer is None else (outer[0][rows], outer[1]))
-
-
-@contextmanager
-def _asking(for_samples: tuple[Tensor, int] | None) -> Iterator[None]:
-    token = _asked.set(for_samples)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def asked() -> tuple[Tensor, int] | None:
-    """(rows, total) of the innermost :func:`samples`, or None where a model is asked for the whole batch."""
-    return _asked.get()
-
-
 # Calls of networks, and rows in them, in the evaluation under way: also a context's, so that they are counted where
 # they are made.
 _made: ContextVar[list[int] | None] = ContextVar("calls", default=None)
@@ -168,7 +145,7 @@ def remade(model: Model) -> Callable[..., Tensor]:
     here = asked()
 
     def again(*args: Any) -> Tensor:  # perhaps in a thread of autograd's, which knows no context
-        with _asking(here):
+        with asking(here):
             return model.output(*args)
 
     return partial(checkpoint, again, use_reentrant=False)
@@ -220,6 +197,7 @@ class Counted:
         out = self._ask(x, moment, compiling)
         if not (isinstance(out, Tensor) and out.dtype is x.dtype and out.shape == x.shape):
             out = self._fitting(out, x)
+        out = only_real(out)
         if out.stride() != x.stride():  # or the next x would come in the layout of this result
             out = torch.empty_like(x).copy_(out)
         if compiling:  # a list that grows would be a new graph at every evaluation

@@ -5,8 +5,9 @@ from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibrate import calibrate
 from sdekit.sampling.calibration import Calibration, load_calibration
 from sdekit.sampling.encoding import decode, encode, interpolate, round_trip_error, slerp
-from sdekit.sampling.fixed import SAMPLERS, Sampler, pc_sample, sample
+from sdekit.sampling.fixed import pc_sample, sample
 from sdekit.sampling.grids import GRIDS
+from sdekit.sampling.samplers import SAMPLERS, Sampler
 from sdekit.sampling.sensitivity import Sensitivity, sensitivity
 
 __all__ = [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import Padding
 from sdekit.noise.brownian import BrownianPath
 from sdekit.processes.sde import SDE
 from sdekit.sampling.starts import first_time, state
@@ -34,6 +35,7 @@ def ode_sample(
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
     start: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Samples of shape (B, *event) by the probability flow from T, or ``start``, to t_min, solved adaptively.
 
@@ -49,11 +51,12 @@ def ode_sample(
     without_graph(x_T, "x_T", differentiable)
     first = first_time(sde, start, x_T)
     times = torch.tensor([first, sde.t_min], dtype=torch.float64)
+    padding = Padding.of(mask, shape, sde)
     with graph(differentiable):
-        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
+        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids, padding)
     return flow(
         sde, score, x, times, method, rtol=rtol, atol=atol, denoise=denoise, progress=progress, callback=callback,
-        differentiable=differentiable,
+        differentiable=differentiable, mask=padding,
     )  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def sde_sample(
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
     start: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Samples of shape (B, *event) by the reverse SDE from T, or ``start``, to t_min, solved adaptively
     (:class:`sdekit.solvers.sra.SRA1`).
@@ -98,12 +102,13 @@ def sde_sample(
     system = sde.reverse(score, churn)
     first = first_time(sde, start, x_T)
     times = torch.tensor([first, sde.t_min], dtype=torch.float64)
+    padding = Padding.of(mask, shape, sde)
     with graph(differentiable):
-        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids)
-    path = BrownianPath(x, seed, ids, start=first, end=sde.t_min, root=sde.root)
+        x = state(sde, score, shape, first, seed, x_T, device, dtype, ids, padding)
+    path = BrownianPath(x, seed, ids, start=first, end=sde.t_min, root=sde.root, mask=padding)
     solution = solve(
         system, x, times, ADAPTIVE_SDE, rtol=rtol, atol=atol, noise=path, denoise=denoise, progress=progress,
-        callback=callback, differentiable=differentiable,
+        callback=callback, differentiable=differentiable, mask=padding,
     )  # fmt: skip
     if not solution.success:
         raise SolverError(solution)

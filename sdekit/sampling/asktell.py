@@ -15,8 +15,9 @@ from sdekit.processes.kinds import KINDS
 from sdekit.processes.law import require_centred
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import Plan, Sampler, plan
+from sdekit.sampling.fixed import Plan, plan
 from sdekit.sampling.grids import Grid
+from sdekit.sampling.samplers import Sampler
 from sdekit.sampling.starts import bridge
 from sdekit.solvers.steppers import StepRule
 

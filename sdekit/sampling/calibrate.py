@@ -16,13 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from sdekit import _checks
-from sdekit.processes.counted import Model, as_model, samples
+from sdekit.batch import samples
+from sdekit.processes.counted import Model, as_model
 from sdekit.processes.law import require_centred
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.fitting import FittedTable, Noises
-from sdekit.sampling.fixed import SAMPLERS, sample
+from sdekit.sampling.fixed import sample
 from sdekit.sampling.grids import INNER, make_grid
+from sdekit.sampling.samplers import SAMPLERS
 from sdekit.solvers.solution import rms
 from sdekit.system import Score
 

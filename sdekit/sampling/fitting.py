@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sdekit.processes.counted import remade, samples
+from sdekit.batch import samples
+from sdekit.processes.counted import remade
 from sdekit.processes.kinds import Kind
 from sdekit.processes.reverse import Reverse
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import SAMPLERS
 from sdekit.sampling.grids import INNER, first_level
+from sdekit.sampling.samplers import SAMPLERS
 from sdekit.solvers.solution import rms
 from sdekit.solvers.steppers.table import Table
 from sdekit.system import Levels, Score

@@ -1,7 +1,6 @@
-"""Fixed-grid samplers: named compositions of a step rule, a noise level and a grid. No numerics here."""
+"""Sampling on a fixed grid: what the arguments mean, and the call that runs it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,102 +8,18 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import Padding, padded
 from sdekit.noise.keyed import Noise
 from sdekit.processes.counted import MoreCallsError
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
 from sdekit.sampling.grids import INNER, INNER_TO_END, Grid, before_zero, make_grid
+from sdekit.sampling.samplers import Sampler, as_sampler, predictor_corrector
 from sdekit.sampling.starts import bridge, first_time, state
 from sdekit.solvers.solution import Callback
-from sdekit.solvers.solve import ADAPTIVE, ADAPTIVE_SDE, graph, solve, without_graph
-from sdekit.solvers.steppers import (
-    RULES,
-    StepRule,
-    as_rule,
-    at_end,
-    chain,
-    euler_maruyama,
-    hamiltonian,
-    langevin,
-    repeat,
-    stay,
-)
+from sdekit.solvers.solve import graph, solve, without_graph
+from sdekit.solvers.steppers import StepRule
 from sdekit.system import Score
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A step rule under ``sde.reverse(score, churn)``.
-
-    ``grid`` and ``steps`` are the defaults, where neither user nor process says otherwise.
-    """
-
-    rule: StepRule
-    churn: float = 0.0
-    grid: str = "uniform"
-    steps: int = 50
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rule, StepRule):
-            raise TypeError(f"rule must be a step rule, such as RULES['heun'] or one by step_rule, got {self.rule!r}")
-
-    @property
-    def stochastic(self) -> bool:
-        """True where noise is drawn after the start."""
-        return self.churn > 0 or self.rule.noisy
-
-
-def predictor_corrector(
-    predictor: str | StepRule = "euler_maruyama",
-    corrector: str = "langevin",
-    corrector_steps: int = 1,
-    snr: float = 0.16,
-) -> Sampler:
-    """Predictor-corrector sampling: corrector steps at t, then one predictor step of the reverse SDE to s.
-
-    Without a predictor the corrector's steps are those of s, the level that x is to be at next.
-    """
-    rule = _checks.lookup(RULES, predictor, "predictor") if isinstance(predictor, str) else as_rule(predictor)
-    churn = 1.0 if rule.churn is None else 0.0  # a predictor with noise of its own takes none from the system
-    made = {"langevin": langevin(snr), "hamiltonian": hamiltonian(snr), "none": stay}
-    correct = repeat(_checks.lookup(made, corrector, "corrector"), _checks.count(corrector_steps, "corrector_steps"))
-    if corrector != "none":
-        rule = at_end(correct) if rule is stay else chain(correct, rule)
-    elif rule is stay:
-        raise ValueError("predictor and corrector are both 'none': nothing would move x; name one of them")
-    return Sampler(rule, churn=churn, steps=1000)
-
-
-# name -> what makes it. A new sampler is a new row; tests and benchmarks loop over these.
-SAMPLERS: dict[str, Sampler] = {
-    "euler_maruyama": Sampler(euler_maruyama, churn=1.0, steps=1000),
-    "reverse_diffusion": Sampler(RULES["reverse_diffusion"], churn=1.0, steps=1000),
-    "ancestral": Sampler(RULES["ancestral"], steps=1000),
-    "heun_sde": Sampler(RULES["heun"], churn=1.0, steps=1000),
-    "pc": predictor_corrector(),
-    "annealed_langevin": predictor_corrector("none", corrector_steps=2),
-    "dpmpp_2m_sde": Sampler(RULES["dpmpp_2m"], churn=1.0, grid="karras"),
-    "dpmpp_3m_sde": Sampler(RULES["dpmpp_3m"], churn=1.0, grid="karras"),
-    "sa_solver": Sampler(RULES["unipc_3"], churn=1.0, grid="karras"),
-    "edm": Sampler(RULES["edm"], grid="karras"),
-    "restart": Sampler(RULES["restart"], grid="karras"),
-    "euler": Sampler(euler_maruyama, grid="inner_vp_1.5"),
-    "heun": Sampler(RULES["heun"], grid="inner_log_snr"),
-    "rk4": Sampler(RULES["rk4"], grid="inner_log_snr"),
-    "ddim": Sampler(RULES["ddim"], grid="inner_quadratic"),
-    "ipndm": Sampler(RULES["ipndm"], grid="inner_quadratic"),
-    "deis": Sampler(RULES["deis"], grid="inner_karras"),
-    "dpm_solver_2": Sampler(RULES["dpm_solver_2"], grid="inner_log_snr"),
-    "dpm_solver_3": Sampler(RULES["dpm_solver_3"], grid="inner_log_snr"),
-    "dpmpp_2s": Sampler(RULES["dpmpp_2s"], grid="inner_quadratic"),
-    "dpmpp_2m": Sampler(RULES["dpmpp_2m"], grid="inner_cubic"),
-    "dpmpp_3m": Sampler(RULES["dpmpp_3m"], grid="inner_cubic"),
-    "unipc_2": Sampler(RULES["unipc_2"], grid="inner_cubic"),
-    "unipc_3": Sampler(RULES["unipc_3"], grid="inner_cubic"),
-    "v_3m": Sampler(RULES["v_3m"], grid="inner_quadratic"),
-    "flow_3m": Sampler(RULES["flow_3m"], grid="inner_quadratic"),
-    "flow_unipc_3": Sampler(RULES["flow_unipc_3"], grid="inner_quadratic"),
-}
 
 
 def sample(
@@ -126,6 +41,7 @@ def sample(
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
     start: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Samples of shape (B, *event) by a fixed-grid sampler: a name in ``SAMPLERS``, a Sampler, a step rule, or what
     :func:`calibrate` made for this model (which has its own steps and grid).
@@ -150,30 +66,35 @@ def sample(
     ``differentiable``: keep the graph, so that the samples have gradients to x_T and to the model's parameters; memory
     grows with the evaluations, unless it is "checkpoint": then each one's graph is made again when the gradient needs
     it, and what stays is a few states a step.
+    ``mask``: of samples of different sizes, padded to one: a bool tensor of the first axes of ``shape``, (B, N) for
+    sets of points (B, N, d), True where an entry is real. Each sample is then what it would be alone, without its
+    padding, which is 0: noise is drawn and errors are measured over what is real. The network gets it as a condition of
+    its own, ``score.given(mask)``, so that real points do not look at the others; what it says of these is not used.
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.
     """
     again = partial(
         sample, sde, shape=shape, sampler=sampler, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
         dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable, start=start,
+        mask=mask,
     )  # fmt: skip
     _checks.instance(sde)
     without_graph(x_T, "x_T", differentiable)
     each = getattr(score, "network_calls", 1)
     row, times, top, scale = plan(sde, sampler, steps, nfe, grid, denoise, start, x_T, each)
-    system = sde.reverse(score, row.churn)
+    system, padding = sde.reverse(score, row.churn), Padding.of(mask, shape, sde)
     system.model.budget = nfe
     first, drawn = float(times[0]), sde.T if isinstance(sampler, Calibration) else top
     try:
-        with graph(differentiable):
-            x = state(sde, score, shape, drawn, seed, x_T, device, dtype, ids) * scale
+        with graph(differentiable), padded(padding):
+            x = state(sde, score, shape, drawn, seed, x_T, device, dtype, ids, padding) * scale
             if first < top:
                 system.model.remake = differentiable == "checkpoint"
                 x = system.place(bridge(system, system.centre(x, top), top, first, row.stochastic), first)
-        noise = Noise(x, seed, ids, root=sde.root)
+        noise = Noise(x, seed, ids, root=sde.root, mask=padding)
         solution = solve(
             system, x, times, row.rule, noise=noise, denoise=denoise, progress=progress, callback=callback,
-            differentiable=differentiable,
+            differentiable=differentiable, mask=padding,
         )  # fmt: skip
     except MoreCallsError as more:
         return again(score=more.model, nfe=int(nfe or 0) - more.spent, device=device or getattr(score, "device", None))
@@ -257,6 +178,7 @@ def pc_sample(
     ids: Sequence[int] | None = None,
     differentiable: bool | str = False,
     start: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Predictor-corrector samples of the reverse SDE, shape (B, *event).
 
@@ -270,21 +192,8 @@ def pc_sample(
     return sample(
         sde, score, shape, sampler, steps=steps, grid=grid, denoise=denoise, seed=seed, x_T=x_T, device=device,
         dtype=dtype, progress=progress, callback=callback, ids=ids, differentiable=differentiable, start=start,
+        mask=mask,
     )  # fmt: skip
-
-
-def as_sampler(sampler: Any) -> Sampler:
-    """What a user may call a sampler, as one. Raises ValueError or TypeError for what is none."""
-    if isinstance(sampler, Sampler):
-        return sampler
-    if isinstance(sampler, Calibration):
-        return Sampler(sampler.rule)
-    if not isinstance(sampler, str):
-        return Sampler(as_rule(sampler))
-    if sampler in (*ADAPTIVE, ADAPTIVE_SDE):
-        use = "sde_sample" if sampler == ADAPTIVE_SDE else f"ode_sample(..., method={sampler!r})"
-        raise ValueError(f"unknown sampler {sampler!r}: it has no fixed steps; use {use}")
-    return _checks.lookup(SAMPLERS, sampler, "sampler")
 
 
 def _steps_within(nfe: Any, rule: StepRule, denoise: bool, calls: int) -> int:

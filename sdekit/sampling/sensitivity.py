@@ -10,8 +10,9 @@ from sdekit.models.network import as_score
 from sdekit.processes.law import require_centred
 from sdekit.processes.sde import SDE
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import Sampler, as_sampler, sample
+from sdekit.sampling.fixed import sample
 from sdekit.sampling.grids import Grid
+from sdekit.sampling.samplers import Sampler, as_sampler
 from sdekit.solvers.steppers import StepRule
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import Padding
 from sdekit.processes.kinds import Kind, express
 from sdekit.processes.reverse import Reverse, combine
 from sdekit.processes.sde import SDE
@@ -45,16 +46,26 @@ def state(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     ids: Sequence[int] | None,
+    padding: Padding | None = None,
 ) -> Tensor:
     """x_T, as it is to be, or a draw from the prior at t."""
     size = _checks.event_shape(shape)
     _checks.floating(dtype)
     if x_T is None:
         device = device or getattr(score, "device", None)
-        return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=t, ids=ids)
+        if padding is None:
+            return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=t, ids=ids)
+        who = _checks.ids(ids, size[0])
+
+        def draw(rows: list[int], n: int) -> Tensor:
+            some = [who[i] for i in rows]
+            return sde.prior_sample((len(rows), n), seed=seed, device=device, dtype=dtype, t=t, ids=some)
+
+        return padding.spread(draw, torch.empty(size, device=device, dtype=dtype))
     if _checks.state(x_T, "x_T").shape != size:
         raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
-    return x_T.to(device=device, dtype=dtype)
+    x_T = x_T.to(device=device, dtype=dtype)
+    return x_T if padding is None else padding.only(x_T)
 
 
 # A flow's state shrinks by a few per cent above the data. Programs that hand their noise to the network as it is (the

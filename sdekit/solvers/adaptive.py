@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sdekit.processes.counted import samples
+from sdekit.batch import samples
 from sdekit.solvers.solution import SUCCESS, Callback, Solution, Trajectory, bar
 
 MAX_NFE = 100_000  # where a solver that gets nowhere gives up

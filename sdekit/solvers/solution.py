@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdekit.batch import entries, only_real
+
 SUCCESS = "success"
 HINTS = {
     "max_nfe": "the evaluation limit was reached before the end; raise rtol and atol, or solve's max_nfe",
@@ -90,8 +92,9 @@ def keep_indices(n: int, keep: int) -> set[int]:
 
 
 def rms(y: Tensor) -> Tensor:
-    """Root mean square over the event, per sample: (b, *event) -> (b,)."""
-    return y.reshape(y.shape[0], -1).square().mean(1).sqrt()
+    """Root mean square over the event, of what is real of it, per sample: (b, *event) -> (b,)."""
+    n, square = entries(y), only_real(y).reshape(y.shape[0], -1).square()
+    return square.mean(1).sqrt() if isinstance(n, int) else (square.sum(1) / n).sqrt()
 
 
 def full(x: Tensor, value: float, dtype: torch.dtype) -> Tensor:

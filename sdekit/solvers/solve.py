@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import Padding, only_real, padded
 from sdekit.noise.brownian import BrownianPath
 from sdekit.noise.keyed import Noise
 from sdekit.processes.reverse import Reverse
@@ -42,6 +43,7 @@ def solve(
     progress: bool = False,
     callback: Callback | None = None,
     differentiable: bool | str = False,
+    mask: Tensor | Padding | None = None,
 ) -> Solution:
     """Integrate ``system`` from x at grid[0] to grid[-1].
 
@@ -70,6 +72,8 @@ def solve(
     ``callback(step, t, x)``: after each step, with a copy of x.
     ``differentiable``: keep the graph (else there is none); "checkpoint": make that of each evaluation of a model again
     when the gradient needs it.
+    ``mask``: which entries of padded samples are real, as in :func:`sdekit.sample`. Of a drift of your own the real
+    entries must not depend on the others. Not for back-ends and general noise.
 
     An adaptive method that stops early returns what it has, with a status per sample.
     Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
@@ -80,14 +84,16 @@ def solve(
         system.model.remake = differentiable == "checkpoint"
     elif differentiable == "checkpoint":
         raise ValueError('differentiable="checkpoint" needs a system of a model, such as sde.probability_flow(score)')
-    told = callback
-    with graph(differentiable):
+    told, padding = callback, Padding.of(mask, x.shape, system)
+    with graph(differentiable), padded(padding):
+        if padding is not None and not torch.equal(x, only_real(x)):  # else x itself: an evaluation may have been at it
+            x = only_real(x)
         if system.shifted:  # it runs on x less a mean of the process's own
             x = system.centre(x, torch.as_tensor(grid, dtype=torch.float64).reshape(-1)[0])
             told = callback and (lambda k, t, y: callback(k, t, system.place(y, t)))
         out = _solve(
-            system, x, grid, method, rtol=rtol, atol=atol, max_nfe=max_nfe, noise=noise, keep=keep, denoise=denoise,
-            estimate=estimate, progress=progress, callback=told,
+            system, x, grid, method, rtol=rtol, atol=atol, max_nfe=max_nfe, noise=noise, keep=keep,
+            denoise=denoise, estimate=estimate, progress=progress, callback=told, padding=padding,
         )  # fmt: skip
         if not system.shifted:
             return out
@@ -128,6 +134,7 @@ def _solve(
     estimate: bool,
     progress: bool,
     callback: Callback | None,
+    padding: Padding | None,
 ) -> Solution:
     times = _monotone(grid, system)
     schedules = (system.sde.alpha, system.sde.sigma) if isinstance(system, Reverse) and torch.is_grad_enabled() else ()
@@ -154,10 +161,12 @@ def _solve(
         if not fits or noise.dtype != x.dtype:
             made = f"{noise.dtype} {tuple(noise.shape)}"
             raise ValueError(f"noise must be made for x, {x.dtype} {tuple(x.shape)}, not for a tensor {made}")
+        if (noise.padding is None) != (padding is None):
+            raise ValueError("noise and solve must be given the same mask: Noise(x, seed, mask=mask)")
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
-        if keep or callback is not None or max_nfe is not None or progress:
-            raise ValueError(f"keep, callback, max_nfe and progress are not known to {method}; leave them out")
+        if keep or callback is not None or max_nfe is not None or progress or padding is not None:
+            raise ValueError(f"keep, callback, max_nfe, progress and mask are not known to {method}; leave them out")
         system.prepare(times.tolist(), x)
         solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise)
         return _denoised(system, solution, float(times[-1])) if denoise else solution
@@ -181,7 +190,7 @@ def _solve(
         aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
         ends = times[[0, -1]] if aims is None else aims
         solution = adaptive(
-            _adaptive_method(str(method), system, rtol, atol, x, times, noise), x, ends, max_nfe=limit,
+            _adaptive_method(str(method), system, rtol, atol, x, times, noise, padding), x, ends, max_nfe=limit,
             keep=bool(keep), progress=progress, callback=callback, calls=lambda: system.nfe,
             network_calls=system.network_calls,
         )  # fmt: skip
@@ -193,16 +202,23 @@ def _solve(
         method = _checks.lookup(RULES, method, f"method (besides {', '.join((*ADAPTIVE, ADAPTIVE_SDE))})")
     rule = as_rule(method)
     return integrate(
-        system, rule, x, times, noise or Noise(x, root=system.root), keep=keep, denoise=denoise, estimate=estimate,
-        progress=progress, callback=callback,
+        system, rule, x, times, noise or Noise(x, root=system.root, mask=padding), keep=keep, denoise=denoise,
+        estimate=estimate, progress=progress, callback=callback,
     )  # fmt: skip
 
 
 def _adaptive_method(
-    name: str, system: Any, rtol: float, atol: float, x: Tensor, times: Tensor, noise: Noise | None
+    name: str,
+    system: Any,
+    rtol: float,
+    atol: float,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise | None,
+    padding: Padding | None,
 ) -> InFrame | RungeKutta | SRA1:
     if name == ADAPTIVE_SDE:
-        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]), root=system.root)
+        path = noise or BrownianPath(x, start=float(times[0]), end=float(times[-1]), root=system.root, mask=padding)
         if not isinstance(path, BrownianPath):
             raise TypeError(f"{name} needs a BrownianPath for noise, got {type(path).__name__}")
         return SRA1(system, rtol, atol, path)
@@ -212,7 +228,7 @@ def _adaptive_method(
             return InFrame(frame, Adams(frame.velocity, rtol, atol))
         return InFrame(frame, RungeKutta(frame.velocity, rtol, atol, TABLEAUS[name.removeprefix("flow_")]))
     # t comes in float64, one per sample; a drift that multiplies by it must not make x one too
-    return RungeKutta(lambda y, t, run: system.drift(y, t).to(y), rtol, atol, TABLEAUS[name])
+    return RungeKutta(lambda y, t, run: only_real(system.drift(y, t).to(y)), rtol, atol, TABLEAUS[name])
 
 
 def _denoised(system: Any, solution: Solution, t: float) -> Solution:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdekit.batch import only_real
 from sdekit.noise.brownian import BrownianPath
 from sdekit.solvers.adaptive import State
 from sdekit.solvers.solution import rms
@@ -73,8 +74,8 @@ class SRA1:
         dW, integral = self.path.increment_and_integral(t, s, run)
         h, mean = expand(s - t, y), integral / expand(s - t, y)
         g_t, g_s = expand(self._diffusion(t), y), expand(self._diffusion(s), y)
-        d_t = self.system.drift(y, t).to(y)  # t is float64
-        d = self.system.drift(y + 0.75 * h * d_t + 1.5 * g_s * mean, t + 0.75 * (s - t)).to(y)
+        d_t = only_real(self.system.drift(y, t).to(y))  # t is float64
+        d = only_real(self.system.drift(y + 0.75 * h * d_t + 1.5 * g_s * mean, t + 0.75 * (s - t)).to(y))
         lower = y + h * d_t + g_t * dW
         change = 2 / 3 * h * (d - d_t) + (g_s - g_t) * (dW - mean)
         y_new = lower + change

@@ -12,7 +12,7 @@ from sdekit.evaluation.check import check_rule
 from sdekit.evaluation.check.exact import MEAN, STD, Known, normals, quantile
 from sdekit.evaluation.check.orders import ENDS, bias, grid, law, order
 from sdekit.evaluation.check.rule import _lines
-from sdekit.sampling.fixed import predictor_corrector
+from sdekit.sampling.samplers import predictor_corrector
 from sdekit.solvers.steppers import RULES, StepRule, as_rule, ddim, hamiltonian, langevin
 from tests import oracle
 from tests.evaluation import planted

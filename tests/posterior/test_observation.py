@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdekit import VPSDE
+from sdekit.batch import samples
 from sdekit.posterior import Observation, blur, colourisation, downsample, inpainting, posterior_score
-from sdekit.processes.counted import samples
 from tests.conftest import gaussian_score
 
 EVENT = (3, 6, 4)

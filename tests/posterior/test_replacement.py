@@ -6,7 +6,7 @@ import torch
 
 from sdekit import VPSDE, GaussianMixture, HeatODE, RectifiedFlow, Sampler, sample
 from sdekit.posterior.replacement import replaced
-from sdekit.sampling.fixed import predictor_corrector
+from sdekit.sampling.samplers import predictor_corrector
 from sdekit.solvers.steppers import RULES
 
 MASK = torch.tensor([True, False])

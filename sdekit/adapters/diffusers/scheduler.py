@@ -18,8 +18,9 @@ from sdekit.adapters.seeds import seeds
 from sdekit.models.thresholding import static_threshold
 from sdekit.sampling.asktell import AskTell
 from sdekit.sampling.calibration import Calibration
-from sdekit.sampling.fixed import SAMPLERS, Plan, as_sampler, plan
+from sdekit.sampling.fixed import Plan, plan
 from sdekit.sampling.grids import GRIDS, INNER
+from sdekit.sampling.samplers import SAMPLERS, as_sampler
 
 
 class Scheduler(SchedulerMixin, ConfigMixin):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sdekit.adapters.diffusers.conventions import Convention
 from sdekit.sampling.asktell import AskTell
-from sdekit.sampling.fixed import Plan, Sampler
+from sdekit.sampling.fixed import Plan
+from sdekit.sampling.samplers import Sampler
 from sdekit.solvers.steppers import RULES
 from sdekit.system import expand
 

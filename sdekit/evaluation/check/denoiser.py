@@ -8,6 +8,7 @@ from scipy.special import fdtrc
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdekit.batch import samples
 from sdekit.evaluation.check.identify import allowed
 from sdekit.evaluation.check.lines import verdict
 from sdekit.evaluation.check.probe import Probe, chance, flat
@@ -15,7 +16,6 @@ from sdekit.evaluation.report import Line, Verdict
 from sdekit.models.conditions import mapped
 from sdekit.models.points import PointSet
 from sdekit.noise.keyed import Noise
-from sdekit.processes.counted import samples
 
 ROUGH = "the weights are not the averaged ones (EMA), or of other data, or too little trained"
 _NOTHING = 1e-3  # of the trivial error: what an exact model of the data leaves, rounding

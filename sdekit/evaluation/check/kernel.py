@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdekit.batch import samples
 from sdekit.evaluation.check.exact import Impulses, Moments, propagate
 from sdekit.evaluation.check.lines import table, verdict
 from sdekit.evaluation.report import Line
-from sdekit.processes.counted import samples
 from sdekit.processes.sde import SDE
 from sdekit.solvers import solve
 

@@ -9,8 +9,9 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
+from sdekit.batch import samples
 from sdekit.noise.keyed import Noise
-from sdekit.processes.counted import Model, samples
+from sdekit.processes.counted import Model
 from sdekit.processes.kinds import express, kind_of
 from sdekit.processes.sde import SDE
 

@@ -9,7 +9,7 @@ from sdekit.evaluation.check import habits, orders
 from sdekit.evaluation.check.lines import attempt
 from sdekit.evaluation.report import Figure, Line, Report
 from sdekit.processes import VPSDE, RectifiedFlow
-from sdekit.sampling.fixed import SAMPLERS, Sampler, as_sampler
+from sdekit.sampling.samplers import SAMPLERS, Sampler, as_sampler
 from sdekit.solvers.steppers import RULES, StepRule
 
 _CHURNS = (0.0, 0.5, 1.0)

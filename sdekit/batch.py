@@ -1,0 +1,143 @@
+"""The batch that a loop runs: which of its samples a model is asked for now, and which of their entries are real.
+
+Both are a context's, so that they reach a network, a norm or a guidance through whatever closure a user has put
+between.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdekit import _checks
+
+# Of how large a batch, where it is not all of it.
+_asked: ContextVar[tuple[Tensor, int] | None] = ContextVar("samples", default=None)
+
+
+def samples(rows: Tensor, total: int) -> AbstractContextManager[None]:
+    """Within, models are asked for the samples ``rows`` (b,) of a batch of ``total``; conditions follow them."""
+    outer = _asked.get()
+    return asking((rows, total) if outer is None else (outer[0][rows], outer[1]))
+
+
+@contextmanager
+def asking(for_samples: tuple[Tensor, int] | None) -> Iterator[None]:
+    """:func:`samples` of the whole batch, whatever is asked for outside."""
+    token = _asked.set(for_samples)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> tuple[Tensor, int] | None:
+    """(rows, total) of the innermost :func:`samples`, or None where a model is asked for the whole batch."""
+    return _asked.get()
+
+
+class Padding:
+    """Which entries of a batch of samples of different sizes are real; the others are there to fill it up.
+
+    ``real`` (B, *event), bool; ``counts`` (B,), int64: of them in each sample. Between them is nothing: what solvers
+    hold there is 0, whatever a model says of it, no noise is drawn for it, and no norm counts it.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
+        flat = real.reshape(len(real), -1)
+        self.counts = flat.sum(1)
+        numbers = self.counts.tolist()
+        self.groups: list[tuple[list[int], Tensor]] = []  # samples of one size: who, and where their entries are
+        for n in sorted(set(numbers)):
+            rows = [i for i, m in enumerate(numbers) if m == n]
+            who = torch.tensor(rows, device=real.device)
+            i, k = flat[who].nonzero(as_tuple=True)
+            self.groups.append((rows, who[i] * flat.shape[1] + k))
+
+    @classmethod
+    def of(cls, mask: "Tensor | Padding | None", shape: Sequence[int], process: Any) -> "Padding | None":
+        """The padding that a user's ``mask`` says of samples (B, *event), under a process or a system.
+
+        Raises TypeError or ValueError for a mask that is not bool, does not fit the shape, or leaves a sample without
+        any entry, and where the process ties entries to each other or has a mean of its own.
+        """
+        if mask is None or isinstance(mask, Padding):
+            return mask
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a tensor of torch.bool, True where an entry is real, got {got}")
+        shape = _checks.event_shape(shape)
+        form = (*mask.shape, *(1,) * (len(shape) - mask.ndim))
+        fits = mask.ndim <= len(shape) and mask.ndim > 1 and form[0] == shape[0]
+        if not fits or any(m not in (1, n) for m, n in zip(form, shape, strict=True)):
+            raise ValueError(
+                f"mask must have the first axes of {tuple(shape)}, the batch's and at least one more, got "
+                f"{tuple(mask.shape)}: for sets of points (B, N, d) it is (B, N)"
+            )
+        real = mask.reshape(form).expand(tuple(shape))
+        if not bool(real.reshape(len(real), -1).any(1).all()):
+            raise ValueError("mask leaves a sample without a single real entry: leave such samples out")
+        own = getattr(process, "shifted", False) or not getattr(process, "centred", True)
+        if own or getattr(process, "root", None) is not None:
+            what = "a mean of its own" if own else "noise that ties all entries together"
+            raise ValueError(f"mask is for processes that treat every entry alike; {type(process).__name__} has {what}")
+        return cls(real)
+
+    def only(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x with 0 where nothing is real; x are the samples ``rows``, all unless given."""
+        real = self.real if rows is None else self.real[rows.to(self.real.device)]
+        return torch.where(real.reshape(x.shape).to(x.device), x, 0.0)
+
+    def spread(self, make: Callable[[list[int], int], Tensor], like: Tensor) -> Tensor:
+        """A batch like ``like`` of ``make(rows, n)``, (len(rows), n), for samples of n real entries, in their order."""
+        out = like.new_zeros(like.shape)
+        for rows, where in self.groups:
+            out.view(-1)[where.to(out.device)] = make(rows, len(where) // len(rows)).reshape(-1).to(out)
+        return out
+
+
+_padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
+
+
+@contextmanager
+def padded(padding: Padding | None) -> Iterator[None]:
+    """Within, the batch is padded so; None: not at all, whatever holds outside."""
+    token = _padding.set(padding)
+    try:
+        yield
+    finally:
+        _padding.reset(token)
+
+
+def only_real(x: Tensor) -> Tensor:
+    """The samples asked for, with 0 where nothing is real; x itself where nothing is padded."""
+    padding = _padding.get()
+    if padding is None:
+        return x
+    here = _asked.get()
+    return padding.only(x, None if here is None else here[0])
+
+
+def unpadded(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """of(x), (B,), of a whole batch: where it is padded of samples without their padding, (b, n), size by size."""
+    padding = _padding.get()
+    if padding is None:
+        return of(x)
+    groups = [(rows, where.to(x.device)) for rows, where in padding.groups]
+    found = torch.cat([of(x.reshape(-1)[where].reshape(len(rows), -1)) for rows, where in groups])
+    order = torch.tensor([i for rows, _ in groups for i in rows])
+    return found[order.argsort().to(found.device)]
+
+
+def entries(x: Tensor) -> Any:
+    """How many real entries a sample has: a number where nothing is padded, else (b,), of the samples asked for."""
+    padding = _padding.get()
+    if padding is None:
+        return x[0].numel()
+    here = _asked.get()
+    counts = padding.counts if here is None else padding.counts[here[0].to(padding.counts.device)]
+    return counts.to(x.device, torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,306 @@
+"""Padded samples: each is what it would be alone, without its padding, whatever is done with it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sdekit.guidance import classifier_free
+
+from sdekit import (
+    SAMPLERS,
+    VESDE,
+    VPSDE,
+    BridgeSDE,
+    BrownianPath,
+    CorrelatedSDE,
+    Noise,
+    PoissonFlow,
+    RectifiedFlow,
+    as_score,
+    calibrate,
+    dynamic_threshold,
+    log_likelihood,
+    ode_sample,
+    pc_sample,
+    sample,
+    sample_with_log_prob,
+    sde_sample,
+    solve,
+)
+from sdekit.system import System
+
+N, D = 6, 2
+COUNTS = (6, 3, 1, 3, 5)
+B = len(COUNTS)
+MASK = torch.zeros(B, N, dtype=torch.bool)
+for sample_, places in enumerate(((0, 1, 2, 3, 4, 5), (4, 0, 3), (2,), (1, 2, 3), (5, 4, 3, 1, 0))):
+    MASK[sample_, list(places)] = True
+F64 = {"dtype": torch.float64}
+MIX = torch.tensor([[0.3, -0.2], [0.1, 0.25]], dtype=torch.float64)
+
+
+def network(sde, padding=torch.nan):
+    """Of sets of points, which see the mean of the real ones; what it says of the others is ``padding``."""
+
+    def eps(x, t, mask=None):
+        real = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x)
+        mean = torch.where(real > 0, x, 0.0).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        a, s = (y.to(x)[:, None, None] for y in (sde.alpha(t), sde.sigma(t)))
+        r = s / (a + s)
+        out = s * (x - a * 0.5 * torch.tanh(mean)) / (0.25 * a**2 + s**2) + 0.1 * r * torch.tanh(x @ MIX.to(x))
+        return torch.where(real > 0, out, padding)
+
+    return eps
+
+
+def flow():
+    """Up to where a network that predicts eps can begin."""
+    sde = RectifiedFlow()
+    sde.T = 0.99
+    return sde
+
+
+def both(sde, padding=torch.nan):
+    """(the score of the padded batch, that of one sample without padding)."""
+    score = as_score(network(sde, padding), sde, "eps")
+    return score.given(MASK), score
+
+
+def alone(draw, score):
+    """What ``draw`` makes of each sample without its padding."""
+    return [draw(score, (1, n, D), ids=[i])[0] for i, n in enumerate(COUNTS)]
+
+
+def same(x, singles, atol=1e-9):
+    assert (x[~MASK] == 0).all()
+    for row, mask, single in zip(x, MASK, singles, strict=True):
+        torch.testing.assert_close(row[mask], single, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler(name):
+    """Noise, first step and denoising included; what a network says of the padding, NaN, reaches nobody."""
+    sde = VPSDE()
+    padded, score = both(sde)
+
+    def draw(score, shape, **how):
+        return sample(sde, score, shape, name, steps=8, seed=3, **F64, **how)
+
+    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+
+
+@pytest.mark.parametrize("sde", [VESDE(sigma_max=10.0), flow(), PoissonFlow(8.0, T=10.0)])
+def test_every_process(sde):
+    """The prior is that of as many numbers as are real: Student's in so many dimensions for a Poisson flow."""
+    padded, score = both(sde)
+    for how in ({"sampler": "unipc_2", "nfe": 9}, {"sampler": "heun", "nfe": 8, "denoise": False}):
+
+        def draw(score, shape, how=how, **rest):
+            return sample(sde, score, shape, seed=5, **how, **F64, **rest)
+
+        same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+
+
+@pytest.mark.parametrize("method", ["adams", "flow_rk45", "rk45", "rk23"])
+def test_errors_are_those_of_what_is_real(method):
+    """Steps too: a norm over the padding would be too small, most of all for the sample of one point."""
+    sde = VPSDE()
+    padded, score = both(sde)
+    x_T = Noise(torch.empty(B, N, D, **F64), 1, mask=MASK).normal()
+    grid = [sde.T, sde.t_min]
+    together = solve(sde.probability_flow(padded), x_T, grid, method, mask=MASK, denoise=True)
+    singles = [solve(sde.probability_flow(score), x_T[i][MASK[i]][None], grid, method, denoise=True) for i in range(B)]
+    same(together.x, [one.x[0] for one in singles])
+    assert together.nfe_per_sample.tolist() == [int(one.nfe_per_sample) for one in singles]
+    assert len(set(together.nfe_per_sample.tolist())) > 1
+
+    def draw(score, shape, **how):
+        return ode_sample(sde, score, shape, method=method, seed=3, **F64, **how)
+
+    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+
+
+def test_adaptive_noise():
+    """Also on a Brownian path, whose tree is each sample's own."""
+    sde = VPSDE()
+    padded, score = both(sde)
+
+    def draw(score, shape, **how):
+        return sde_sample(sde, score, shape, seed=3, **F64, **how)
+
+    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+
+    def correct(score, shape, **how):
+        return pc_sample(sde, score, shape, steps=12, seed=3, corrector="hamiltonian", **F64, **how)
+
+    same(correct(padded, (B, N, D), mask=MASK), alone(correct, score))
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson", "probes": 3}], ids=["exact", "hutchinson"])
+@pytest.mark.parametrize("make", [VPSDE, flow, lambda: PoissonFlow(8.0, T=10.0)], ids=["vp", "flow", "pfgm"])
+def test_likelihood(options, make):
+    """Every number of it, though the network says something of the padding that depends on it."""
+    sde = make()
+    padded, score = both(sde, padding=7.0)
+    how = {"seed": 1, "rtol": 1e-4, "atol": 1e-4, **options}
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    filled = torch.where(MASK[..., None], x, 3.0)  # what lies in the padding does not matter
+    found = log_likelihood(sde, padded, filled, mask=MASK, **how)
+    for i, mask in enumerate(MASK):
+        one = log_likelihood(sde, score, x[i][mask][None], ids=[i], **how)
+        for name in (
+            "log_prob", "stderr", "solver_error", "truncation", "truncation_error", "prior_mismatch", "prior_error",
+            "nfe_per_sample",
+        ):  # fmt: skip
+            got, alone = (float(getattr(y, name)[k]) for y, k in ((found, i), (one, 0)))
+            assert got == pytest.approx(alone, abs=1e-8, nan_ok=True), name
+    drawn, there = sample_with_log_prob(sde, padded, (B, N, D), mask=MASK, **how, **F64)
+    assert (drawn[~MASK] == 0).all()
+    torch.testing.assert_close(
+        there.log_prob, log_likelihood(sde, padded, drawn, mask=MASK, **how).log_prob, rtol=0, atol=2e-2
+    )
+
+
+def test_likelihood_of_independent_points():
+    """Closed form: N(0, 0.25) each, so that log p is a sum over the real ones."""
+    sde = VPSDE()
+
+    def eps(x, t):
+        a, s = (y.to(x)[:, None, None] for y in (sde.alpha(t), sde.sigma(t)))
+        return s * x / (0.25 * a**2 + s**2)
+
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    found = log_likelihood(sde, as_score(eps, sde, "eps"), x, mask=MASK, rtol=1e-6, atol=1e-6)
+    each = torch.distributions.Normal(0.0, torch.tensor(0.5, **F64)).log_prob(x).sum(2)
+    truth = torch.where(MASK, each, 0.0).sum(1)
+    torch.testing.assert_close(found.corrected, truth, rtol=0, atol=1e-4)
+    low, high = found.interval()
+    assert ((low <= truth) & (truth <= high)).all()
+
+
+class Pulled(System):
+    """dx = (1 - x) dt + g dW, which moves what is in the padding too."""
+
+    noise_type = "diagonal"
+
+    def drift(self, x, t):
+        return 1.0 - x
+
+    def diffusion(self, x, t):
+        return 0.3 * torch.ones_like(x)
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "heun", "milstein"])
+def test_a_system_of_the_users_own(method):
+    x = torch.ones(B, N, D, **F64)
+    grid = torch.linspace(0, 1, 9)
+    out = solve(Pulled(), x, grid, method, noise=Noise(x, 4, mask=MASK), mask=MASK).x
+    flat = [torch.ones(1, n, D, **F64) for n in COUNTS]
+    same(out, [solve(Pulled(), y, grid, method, noise=Noise(y, 4, [i])).x[0] for i, y in enumerate(flat)])
+    drift = Pulled()
+    drift.churn = 0.0
+    x = torch.full_like(x, 3.0)
+    out = solve(drift, x, [0.0, 1.0], "rk45", rtol=1e-8, atol=1e-8, mask=MASK).x
+    torch.testing.assert_close(out[MASK], torch.full_like(out[MASK], 1 + 2 * math.exp(-1)), rtol=0, atol=1e-7)
+    assert (out[~MASK] == 0).all()
+
+
+def test_guidance_and_thresholds_measure_what_is_real():
+    """The standard deviations of rescaled guidance and the quantile of a dynamic threshold."""
+    sde = VPSDE()
+
+    def pulled(x, t, mask, towards):
+        return network(sde, 9.0)(x, t, mask) - 0.4 * towards
+
+    def draw(score, shape, mask=None, **how):
+        given = torch.ones(shape[:2], dtype=torch.bool) if mask is None else mask
+        guided = classifier_free(as_score(pulled, sde, "eps"), (given, 1.0), (given, 0.0), 3.0, rescale=0.7)
+        clipped = dynamic_threshold(sde, guided, (-0.5, 0.5), percentile=0.6)
+        return sample(sde, clipped, shape, nfe=8, seed=2, mask=mask, **F64, **how)
+
+    same(draw(None, (B, N, D), mask=MASK), alone(draw, None))
+
+
+def test_start_and_calibration():
+    sde = VPSDE()
+    padded, score = both(sde)
+    x_T = Noise(torch.empty(B, N, D, **F64), 1, mask=MASK).normal()
+    x = sample(sde, padded, (B, N, D), nfe=8, x_T=torch.where(MASK[..., None], x_T, 5.0), mask=MASK)
+    same(x, [sample(sde, score, (1, n, D), nfe=8, x_T=x_T[i][MASK[i]][None])[0] for i, n in enumerate(COUNTS)])
+    fitted = calibrate(sde, score, (4, 3, D), nfe=5, seed=0, noises=16, batch=8, iterations=3)
+
+    def draw(score, shape, **how):
+        return sample(sde, score, shape, fitted, seed=3, **F64, **how)
+
+    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.integers(1, 3), st.integers(0, 1000))
+def test_noise(counts, d, seed):
+    """Numbers, integrals and paths of any sizes: one number or hundreds, which are drawn otherwise."""
+    mask = torch.zeros(len(counts), max(counts), dtype=torch.bool)
+    for row, n in zip(mask, counts, strict=True):
+        row[torch.randperm(len(row), generator=torch.Generator().manual_seed(n))[:n]] = True
+    like = torch.empty(*mask.shape, d)
+    noise, path = Noise(like, seed, mask=mask), BrownianPath(like, seed, mask=mask, start=0.0, end=1.0)
+    noise.enter(0.5, 0.25)
+    first, (second, integral) = noise.normal(), noise.increment_and_integral(0.5, 0.25)
+    w = path.increment(0.0, 0.375)
+    for i, n in enumerate(counts):
+        own = torch.empty(1, n, d)
+        one, mine = Noise(own, seed, [i]), BrownianPath(own, seed, [i], start=0.0, end=1.0)
+        one.enter(0.5, 0.25)
+        assert torch.equal(first[i][mask[i]], one.normal()[0])
+        for got, alone in zip((second, integral), one.increment_and_integral(0.5, 0.25), strict=True):
+            assert torch.equal(got[i][mask[i]], alone[0])
+        assert torch.equal(w[i][mask[i]], mine.increment(0.0, 0.375)[0])
+    assert (torch.stack([first, second, integral, w])[:, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK.float(), "torch.bool, True where an entry is real, got torch.float32"),
+        (MASK.tolist(), "got list"),
+        (MASK[:4], r"first axes of \(5, 6, 2\).*got \(4, 6\)"),
+        (MASK[:, :5], r"got \(5, 5\)"),
+        (MASK[:, 0], r"got \(5,\)"),
+        (MASK[:, None], r"got \(5, 1, 6\)"),
+        (MASK & (torch.arange(B) != 2)[:, None], "without a single real entry"),
+    ],
+)
+def test_masks_that_are_refused(mask, message):
+    padded, _ = both(VPSDE())
+    with pytest.raises((TypeError, ValueError), match=message):
+        sample(VPSDE(), padded, (B, N, D), nfe=5, mask=mask)
+
+
+def test_what_takes_no_mask():
+    """Processes that tie the entries together, and solvers whose error is the batch's."""
+    score = both(VPSDE())[0]
+    with pytest.raises(ValueError, match="CorrelatedSDE has noise that ties all entries together"):
+        sample(CorrelatedSDE(VPSDE(), torch.eye(12)), score, (B, 12), nfe=5, mask=torch.ones(B, 12).bool())
+    with pytest.raises(ValueError, match="BridgeSDE has a mean of its own"):
+        sample(BridgeSDE(torch.zeros(N, D), 1.3), score, (B, N, D), nfe=5, mask=MASK)
+    x, flow = torch.zeros(B, N, D), VPSDE().probability_flow(score)
+    for method in ("torchdiffeq:dopri5", "scipy:RK45"):
+        with pytest.raises(ValueError, match="mask are not known to"):
+            solve(flow, x, [1.0, 0.5], method, mask=MASK)
+    with pytest.raises(ValueError, match="the same mask"):
+        solve(flow, x, [1.0, 0.5], "ancestral", noise=Noise(x, 0), mask=MASK)
+
+
+def test_a_mask_that_broadcasts():
+    """(B, N, 1) and (B, N, D) say the same as (B, N); for channels first it is (B, 1, N)."""
+    sde = VPSDE()
+    padded, _ = both(sde)
+    whole = MASK[..., None].expand(B, N, D)
+    x, y, z = (sample(sde, padded, (B, N, D), nfe=6, seed=0, mask=m) for m in (MASK, MASK[..., None], whole))
+    assert torch.equal(x, y)
+    assert torch.equal(x, z)
+    first = as_score(lambda x, t: 0.5 * x, sde, "eps")
+    out = sample(sde, first, (B, D, N), nfe=6, seed=0, mask=MASK[:, None])
+    assert torch.equal(out != 0, MASK[:, None].expand(B, D, N))
