@@ -89,8 +89,10 @@ class Padding:
 
     def only(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x with 0 where nothing is real; x are the samples ``rows``, all unless given."""
-        real = self.real if rows is None else self.real[rows.to(self.real.device)]
-        return torch.where(real.reshape(x.shape).to(x.device), x, 0.0)
+        if self.real.device != x.device:  # once: a copy at every evaluation would make the host wait
+            self.real = self.real.to(x.device)
+        real = self.real if rows is None else self.real[rows.to(x.device)]
+        return torch.where(real.reshape(x.shape), x, 0.0)
 
     def spread(self, make: Callable[[list[int], int], Tensor], like: Tensor) -> Tensor:
         """A batch like ``like`` of ``make(rows, n)``, (len(rows), n), for samples of n real entries, in their order."""

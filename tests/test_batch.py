@@ -62,9 +62,19 @@ def flow():
     return sde
 
 
-def both(sde, padding=torch.nan):
+def velocity(sde, padding):
+    """The same as alpha eps - sigma x_0."""
+
+    def v(x, t, mask=None):
+        a, s = (y.to(x)[:, None, None] for y in (sde.alpha(t), sde.sigma(t)))
+        return (network(sde, padding)(x, t, mask) * (a * a + s * s) - s * x) / a
+
+    return v
+
+
+def both(sde, padding=torch.nan, predicts="eps"):
     """(the score of the padded batch, that of one sample without padding)."""
-    score = as_score(network(sde, padding), sde, "eps")
+    score = as_score((velocity if predicts == "v" else network)(sde, padding), sde, predicts)
     return score.given(MASK), score
 
 
@@ -138,12 +148,13 @@ def test_adaptive_noise():
     same(correct(padded, (B, N, D), mask=MASK), alone(correct, score))
 
 
+@pytest.mark.parametrize("predicts", ["eps", "v"])
 @pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson", "probes": 3}], ids=["exact", "hutchinson"])
 @pytest.mark.parametrize("make", [VPSDE, flow, lambda: PoissonFlow(8.0, T=10.0)], ids=["vp", "flow", "pfgm"])
-def test_likelihood(options, make):
+def test_likelihood(options, make, predicts):
     """Every number of it, though the network says something of the padding that depends on it."""
     sde = make()
-    padded, score = both(sde, padding=7.0)
+    padded, score = both(sde, 7.0, predicts)
     how = {"seed": 1, "rtol": 1e-4, "atol": 1e-4, **options}
     x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
     filled = torch.where(MASK[..., None], x, 3.0)  # what lies in the padding does not matter
@@ -199,6 +210,12 @@ def test_a_system_of_the_users_own(method):
     out = solve(Pulled(), x, grid, method, noise=Noise(x, 4, mask=MASK), mask=MASK).x
     flat = [torch.ones(1, n, D, **F64) for n in COUNTS]
     same(out, [solve(Pulled(), y, grid, method, noise=Noise(y, 4, [i])).x[0] for i, y in enumerate(flat)])
+    constant = Pulled()
+    constant.noise_type, constant.diffusion = "additive", lambda t: 0.3 * torch.ones_like(torch.as_tensor(t))
+    ends = {"start": 0.0, "end": 1.0}
+    out = solve(constant, x, [0.0, 1.0], "adaptive_sra1", noise=BrownianPath(x, 4, mask=MASK, **ends), mask=MASK).x
+    paths = [BrownianPath(y, 4, [i], **ends) for i, y in enumerate(flat)]
+    same(out, [solve(constant, y, [0.0, 1.0], "adaptive_sra1", noise=p).x[0] for y, p in zip(flat, paths, strict=True)])
     drift = Pulled()
     drift.churn = 0.0
     x = torch.full_like(x, 3.0)

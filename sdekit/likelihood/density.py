@@ -119,8 +119,9 @@ def make_divergence(
         unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
         return Divergence(unit.expand(d, *x.shape), exact=True)
     draw = Noise(x, seed, ids, purpose="probe", mask=padding)
-    vectors = [torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)]
-    return Divergence(torch.stack(vectors if padding is None else [padding.only(v) for v in vectors]), exact=False)
+    return Divergence(
+        torch.stack([torch.where(draw.normal() < 0, -1.0, 1.0).to(x) for _ in range(probes)]), exact=False
+    )
 
 
 def column(n: Any, like: Tensor) -> Any:
