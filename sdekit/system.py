@@ -1,5 +1,6 @@
 """What a solver can integrate, and the border where time and coefficients get their shapes."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -162,8 +163,20 @@ class System:
                 f"{self.sense.capitalize()}'s sense: use {others}, or process.reverse(score, sense={sense!r})"
             )
 
+    def __repr__(self) -> str:
+        """The class, and the arguments that it was made with, as far as it keeps them under their names."""
+        known = ((name, vars(self).get(name)) for name in inspect.signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in known if v is not None)})"
+
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() > 8:
+        return f"<tensor {tuple(value.shape)}>"
+    plain = isinstance(value, int | float | str | Tensor | System)
+    return repr(value) if plain else getattr(value, "__qualname__", type(value).__name__)
 
 
 class Levels(NamedTuple):

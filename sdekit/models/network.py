@@ -149,6 +149,11 @@ class NetworkScore:
             raise ValueError(_wrong_output(out, x))
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
+    def __repr__(self) -> str:
+        given = "" if self.conditions is None else ".given(...)"
+        name = getattr(self.network, "__qualname__", type(self.network).__name__)
+        return f"as_score({name}, {self.sde!r}, predicts={self.predicts!r}){given}"
+
     def _wide(self, x: Tensor) -> torch.dtype:
         """A time keeps at least float32: in bf16 it would have three digits."""
         return torch.promote_types(x.dtype if self._weight is None else self._weight.dtype, torch.float32)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from sdekit import SDE, VESDE, VPSDE, HeatODE, SubVPSDE
+from sdekit import SDE, VESDE, VPSDE, BetaTable, HeatODE, SubVPSDE, as_score
 from tests.conftest import PROCESSES
 
 FRACTIONS = torch.tensor([0.0, 0.01, 0.3, 0.7, 1.0], dtype=torch.float64)
@@ -287,3 +287,12 @@ def test_the_inverse_of_half_log_snr_is_exact_to_rounding(sde):
             return sde.sigma(t).detach()
 
     assert float((sde.half_log_snr(Opaque().inverse_half_log_snr(lam[::20])) - lam[::20]).abs().max()) < 1e-12
+
+
+def test_what_is_printed_says_what_was_made():
+    """A process by its arguments, a system by its process, a score by its network; a table by its shape."""
+    assert repr(VPSDE(beta_max=18.0)) == "VPSDE(beta_min=0.1, beta_max=18.0)"
+    assert repr(VESDE().reverse(lambda x, t: x)) == "Reverse(sde=VESDE(sigma_min=0.01, sigma_max=50.0), churn=1.0)"
+    assert repr(BetaTable(torch.full((100,), 0.02))) == "BetaTable(betas=<tensor (100,)>)"
+    score = as_score(torch.nn.Identity(), VPSDE(), "v")
+    assert repr(score.given(3)) == "as_score(Identity, VPSDE(beta_min=0.1, beta_max=20.0), predicts='v').given(...)"
