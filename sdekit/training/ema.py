@@ -1,9 +1,10 @@
 """An exponential moving average of a network's weights."""
 
 import copy
+from itertools import chain, compress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdekit import _checks
 
@@ -22,12 +23,18 @@ class EMA:
             raise ValueError(f"ema must be below 1, or the average never moves; got {decay:g}, try 0.999")
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.updates = 0
+        self._moves = [w.is_floating_point() or w.is_complex() for w in self.network.parameters()]
+        self._whole = [not moves for moves in self._moves]
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take the network's present weights into the average; buffers are copied."""
+        """Take the network's present weights into the average; buffers and weights of whole numbers are copied."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
-        for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(buffer)
+        mine: list[Tensor] = list(self.network.parameters())
+        its: list[Tensor] = list(network.parameters())
+        moving, whole = ([list(compress(side, which)) for side in (mine, its)] for which in (self._moves, self._whole))
+        torch._foreach_lerp_(moving[0], moving[1], 1 - decay)
+        buffers = zip(self.network.buffers(), network.buffers(), strict=True)
+        for average, present in chain(buffers, zip(*whole, strict=True)):
+            average.copy_(present)

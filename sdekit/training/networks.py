@@ -50,10 +50,25 @@ class TimeEmbedding(nn.Module):
         """The embedding of t (B,) and labels (B,), int64."""
         h = self.layers[0](time_features(t, self.size).to(next(self.parameters()).dtype))
         if self.classes:
-            h = h + self.vectors(torch.full_like(t, self.classes, dtype=torch.int64) if labels is None else labels)
+            labels = torch.full_like(t, self.classes, dtype=torch.int64) if labels is None else labels
+            try:
+                h = h + self.vectors(labels)
+            except IndexError:  # on a CPU; to look at them first would make a device wait
+                check_labels(labels, self.classes)
+                raise
         elif labels is not None:
             raise ValueError("labels were given to a network without classes; build it with classes=")
         return self.layers[1:](h)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises ValueError unless all are 0 ... ``classes``, the last of which stands for none."""
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high > classes:
+        raise ValueError(
+            f"labels must be 0 ... {classes - 1}, or {classes} for none of them, got {low if low < 0 else high}; "
+            "or build the network with more classes"
+        )
 
 
 class ResidualBlock(nn.Module):
