@@ -1,5 +1,6 @@
 """Steps of AdamW that leave everything as it was where a gradient is not finite, and what becomes of a run then."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class Steps:
             self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
             self.optimizer.step()
             self._restore(good)
-        elif norm.isfinite():
+        elif math.isfinite(norm):
             self.optimizer.step()
         else:
             self._restore(norm.isfinite())
