@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from sdekit import _checks
 from sdekit.training.draws import Order
-from sdekit.training.networks import check_labels
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -92,7 +91,7 @@ def _fit(conditions: tuple[Tensor, ...], classes: int | None) -> tuple[Tensor, .
         if condition.is_floating_point():
             _checks.state(condition, f"condition {k + 1} of the data")
         elif k == place and classes:
-            check_labels(condition, classes)
+            _checks.labels(condition, classes)
         fit.append(condition.long() if k == place else condition)
     return tuple(fit)
 

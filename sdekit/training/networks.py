@@ -54,21 +54,11 @@ class TimeEmbedding(nn.Module):
             try:
                 h = h + self.vectors(labels)
             except IndexError:  # on a CPU; to look at them first would make a device wait
-                check_labels(labels, self.classes)
+                _checks.labels(labels, self.classes)
                 raise
         elif labels is not None:
             raise ValueError("labels were given to a network without classes; build it with classes=")
         return self.layers[1:](h)
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises ValueError unless all are 0 ... ``classes``, the last of which stands for none."""
-    low, high = (int(end) for end in labels.aminmax())
-    if low < 0 or high > classes:
-        raise ValueError(
-            f"labels must be 0 ... {classes - 1}, or {classes} for none of them, got {low if low < 0 else high}; "
-            "or build the network with more classes"
-        )
 
 
 class ResidualBlock(nn.Module):
@@ -232,7 +222,12 @@ class Classifier(nn.Module):
         h = self.first(x.flatten(1).to(embedding.dtype))
         for layer in self.layers:
             h = h + functional.silu(layer(torch.cat([h, embedding], dim=1)))
-        return self.last(h).log_softmax(1).gather(1, labels[:, None])[:, 0].to(x.dtype)
+        log_p = self.last(h).log_softmax(1)
+        try:
+            return log_p.gather(1, labels[:, None])[:, 0].to(x.dtype)
+        except RuntimeError:
+            _checks.labels(labels, log_p.shape[1], none=False)
+            raise
 
 
 class Preconditioned(nn.Module):

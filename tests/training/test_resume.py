@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdekit import SubVPSDE, VPSDE
+from sdekit import VPSDE, SubVPSDE
 from sdekit.cli import main
 from sdekit.training.checkpoint import FORMAT, write_tensors
 from sdekit.training.networks import build
