@@ -187,11 +187,6 @@ def test_data_that_cannot_be_trained_on_are_refused_in_words(data, error, messag
         told(data)
 
 
-def test_a_worker_says_the_same():
-    with pytest.raises(TypeError, match="its entry 1 is None: leave it out"):
-        told(Items(lambda i: (X[i], None)), workers=1)
-
-
 def test_a_list_of_items_is_a_dataset():
     a, b = told([(x, c) for x, c in zip(X, VECTOR, strict=True)]), told(X, VECTOR)
     assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
