@@ -80,6 +80,17 @@ def finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
+def labels(given: Tensor, classes: int, *, none: bool = True) -> None:
+    """Whole numbers 0 ... ``classes``, the last of which stands for none of them (without ``none`` it is no label)."""
+    low, high = (int(end) for end in given.aminmax())
+    if low < 0 or high > classes - (not none):
+        way = f", or {classes} for none of them" if none else ""
+        raise ValueError(
+            f"labels must be 0 ... {classes - 1}{way}, got {low if low < 0 else high}; or build the network with more "
+            "classes"
+        )
+
+
 def floating(dtype: torch.dtype | None, name: str = "dtype") -> torch.dtype | None:
     """The dtype, if it is None or floating."""
     if dtype is not None and not dtype.is_floating_point:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from sdekit import VPSDE, GaussianMixture, as_score, load_calibration, sample
 from sdekit.cli import main
@@ -284,11 +285,54 @@ def test_a_refused_run_leaves_the_one_that_is_there(tmp_path, capsys):
     assert (tmp_path / "run" / "score.safetensors").is_file()
 
 
-def test_resuming_with_another_config_is_refused(tmp_path, capsys):
-    flags = f"train --steps 1 --overfit 16 --out {tmp_path / 'run'} {SMALL}"
-    run(flags)
-    run(f"{flags} --resume --every 3")
-    refused(capsys, f"{flags} --resume --weighting edm", r"weighting = 'simple' \(now 'edm'\)")
+def test_resuming_with_another_config_needs_its_name(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = f"train --overfit 16 --out {out} {SMALL}"
+    run(f"{flags} --steps 1")
+    run(f"{flags} --steps 1 --resume --every 3")
+    new = f"{flags} --steps 3 --weighting edm"
+    way = r"steps = 1 \(now 3\), weighting = 'simple' \(now 'edm'\); .*\(--change steps weighting\)"
+    refused(capsys, f"{new} --resume", way)
+    refused(capsys, f"{new} --resume --change weighting", r"with steps = 1 \(now 3\).*\(--change weighting steps\)")
+    refused(capsys, f"{new} --change weighting steps", r"pass resume=True \(--resume\) too")
+    refused(capsys, f"{new} --resume --change predicts", "change cannot name predicts: .*--init")
+    refused(capsys, f"{new} --resume --predicts eps", "predicts cannot change in a run: .*--init")
+    refused(capsys, f"{new} --resume --change weigting", "did you mean 'weighting'")
+    capsys.readouterr()
+    run(f"{new} --resume --change weighting steps")
+    lines = ["step 1: steps 3, was 1", "step 1: weighting 'edm', was 'simple'"]
+    assert (out / "log.txt").read_text().splitlines() == lines
+    assert parsed("--config", str(out / "score.safetensors")).weighting == "edm"
+    run(f"{new} --resume")
+
+
+def test_images_that_are_gone_do_not_end_a_run(tmp_path, capsys):
+    """One that cannot be read stops it; without it the run goes on as one of other data."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(5):
+        Image.fromarray(np.full((8, 8), 40 * k, np.uint8)).save(images / f"{k}.png")
+    flags = f"train --data {images} --size 8 --channels 1 --every 1 --out {tmp_path / 'run'} {SMALL}".replace("16", "2")
+    run(f"{flags} --steps 1")
+    (images / "2.png").write_bytes(b"broken")
+    refused(capsys, f"{flags} --steps 4 --resume --change steps", "cannot identify image file")
+    (images / "2.png").unlink()
+    refused(capsys, f"{flags} --steps 4 --resume --change steps", r"items = 5 \(now 4\).*\(--change steps data\)")
+    run(f"{flags} --steps 4 --resume --change steps data")
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search("^step [12]: items 4, was 5$", said, re.M), said
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint(tmp_path, capsys):
+    """And its config, with init in it, is that of the run when it goes on."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    run(f"train --overfit 16 --steps 2 --out {a} {SMALL}")
+    flags = f"--config {a / 'score.safetensors'} --lr 1e-30 --device cpu"
+    run(f"train {flags} --init {a / 'score.safetensors'} --steps 1 --out {b}")
+    weights = [safetensors.torch.load_file(folder / "score.safetensors") for folder in (a, b)]
+    assert all(torch.allclose(w, weights[1][name], rtol=0, atol=1e-20) for name, w in weights[0].items())
+    run(f"train --config {b / 'score.safetensors'} --resume --out {b} --device cpu")
+    refused(capsys, f"train {flags} --init nowhere.safetensors --out {tmp_path / 'c'}", "no checkpoint at nowhere")
 
 
 def test_every_process_trains_and_comes_back(tmp_path, capsys):

@@ -27,7 +27,10 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
     """Those of the configuration, and where the run is."""
     add_flags(parser)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, where there is one")
+    parser.add_argument(
+        "--change", nargs="+", default=[], metavar="NAME", help="options that may differ from the run's"
+    )
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -67,6 +70,7 @@ def run_train(options: argparse.Namespace) -> None:
         device=options.device,
         out=out,
         resume=options.resume,
+        change=options.change,
         about={name: value for name, value in shared.items() if name not in ("every", "workers")},
         callback=save,
         progress=True,

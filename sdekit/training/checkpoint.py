@@ -22,6 +22,7 @@ from sdekit.processes.tables import BetaTable, SigmaTable
 from sdekit.training.networks import BUILT, Classifier, Preconditioned, build
 
 FORMAT = "sdekit-score-1"
+LOSSES = "losses"  # the name of a run's, among the tensors of its state
 LOG_PROB = "log_prob"  # what a classifier predicts, which is no kind that a score is made of
 
 # What can be saved: a process by the arguments that make it.
@@ -107,15 +108,17 @@ def write_tensors(
     about: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Tensors, in ``dtype`` or their own, and JSON to one safetensors file: beside it first, then moved over it."""
-    path = Path(path)
+    """Tensors, floating ones in ``dtype`` or their own, and JSON to one safetensors file: beside it, then over it.
+
+    Raises ValueError for one that is not finite, but for a run's losses, of which some steps may have had none.
+    """
+    path, held = Path(path), {}
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.to(dtype)).all():
-            raise ValueError(
-                f"weight {name} is not finite in {dtype or tensor.dtype}; train again, or save with dtype=torch.float32"
-            )
-    # copies, since tied weights share memory, which the format does not know
-    held = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype  # whole numbers stay
+        # copies, since tied weights share memory, which the format does not know
+        held[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
+        if name != LOSSES and not torch.isfinite(held[name]).all():
+            raise ValueError(f"weight {name} is not finite in {kept}; train again, or save with dtype=torch.float32")
     content = to_bytes(held, metadata={"format": form, "about": json.dumps(about)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

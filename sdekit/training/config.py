@@ -23,6 +23,7 @@ HELP = {
     "network": "UNet for images, MLP for vectors, unless given",
     "network_args": "its arguments, as width=64 multipliers=[1,2,2]",
     "sigma_data": "EDM's preconditioning for data of this standard deviation",
+    "init": "weights to begin with: a checkpoint, or a run's folder",
     "conditional": "tell the network the labels",
     "predicts": "what the network predicts: eps, v, x0, flow or score",
     "objective": "what is minimised",
@@ -58,6 +59,7 @@ class Config:
     network: str | None = None
     network_args: dict[str, Any] = field(default_factory=dict)
     sigma_data: float | None = None
+    init: str | None = None
     conditional: bool = False
     predicts: str = "v"
     objective: str = "denoising"

@@ -6,11 +6,10 @@ all of its numbers and keeps its own.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from sdekit import _checks
 from sdekit.processes.sde import SDE
@@ -69,27 +68,6 @@ class Order(Sampler[list[int]]):
                 chosen += order[offset : offset + end - place].tolist()
                 place = min(end, (epoch + 1) * self.n)
             yield chosen
-
-
-def batches(
-    data: Tensor | Dataset[Any], labels: Tensor | None, order: Order, dtype: torch.dtype, workers: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(x_0, labels or None) of one step after another, on the draws' device."""
-    device = order.draws.device
-    if isinstance(data, Tensor):
-        data = data.to(device, dtype)
-        labels = None if labels is None else labels.to(device)
-        for chosen in order:
-            index = torch.tensor(chosen, device=device)
-            yield data[index], None if labels is None else labels[index]
-        return
-    # its own generator, or the loader would take a seed for its workers from the global one
-    loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator()
-    )
-    for item in loader:
-        x0, *rest = item if isinstance(item, list | tuple) else (item,)
-        yield _checks.state(x0, "data").to(device, dtype, non_blocking=True), rest[0].to(device) if rest else None
 
 
 def lognormal(sde: SDE, mean: float = -1.2, std: float = 1.2) -> Callable[[Tensor], Tensor]:

@@ -50,7 +50,12 @@ class TimeEmbedding(nn.Module):
         """The embedding of t (B,) and labels (B,), int64."""
         h = self.layers[0](time_features(t, self.size).to(next(self.parameters()).dtype))
         if self.classes:
-            h = h + self.vectors(torch.full_like(t, self.classes, dtype=torch.int64) if labels is None else labels)
+            labels = torch.full_like(t, self.classes, dtype=torch.int64) if labels is None else labels
+            try:
+                h = h + self.vectors(labels)
+            except IndexError:  # on a CPU; to look at them first would make a device wait
+                _checks.labels(labels, self.classes)
+                raise
         elif labels is not None:
             raise ValueError("labels were given to a network without classes; build it with classes=")
         return self.layers[1:](h)
@@ -217,7 +222,12 @@ class Classifier(nn.Module):
         h = self.first(x.flatten(1).to(embedding.dtype))
         for layer in self.layers:
             h = h + functional.silu(layer(torch.cat([h, embedding], dim=1)))
-        return self.last(h).log_softmax(1).gather(1, labels[:, None])[:, 0].to(x.dtype)
+        log_p = self.last(h).log_softmax(1)
+        try:
+            return log_p.gather(1, labels[:, None])[:, 0].to(x.dtype)
+        except RuntimeError:
+            _checks.labels(labels, log_p.shape[1], none=False)
+            raise
 
 
 class Preconditioned(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdekit import VPSDE
+from sdekit import VPSDE, SubVPSDE
 from sdekit.cli import main
 from sdekit.training.checkpoint import FORMAT, write_tensors
 from sdekit.training.networks import build
@@ -67,8 +67,9 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     assert all(torch.equal(u, v) for u, v in zip(whole.network.parameters(), again.network.parameters(), strict=True))
 
 
-def test_resume_without_a_run_starts_one(tmp_path):
+def test_resume_without_a_run_starts_one_and_says_so(tmp_path):
     assert torch.equal(run(tmp_path, resume=True)[1].losses, run(None)[1].losses)
+    assert (tmp_path / "log.txt").read_text() == f"step 0: no state in {tmp_path} to go on from, so the run begins\n"
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -77,40 +78,162 @@ def test_a_run_is_not_overwritten(tmp_path):
         run(tmp_path)
 
 
-def test_another_process_or_other_data_are_refused(tmp_path):
+def test_another_process_or_other_data_are_refused_in_words(tmp_path):
     stopped(tmp_path)
     rest = {"steps": 30, "batch": 16, "every": 10, "warmup": 5, "device": "cpu", "out": tmp_path, "resume": True}
-    with pytest.raises(ValueError, match="process = "):
-        train(build("MLP", dim=2, width=16, layers=1), VPSDE(beta_max=10.0), DATA, **rest)
-    with pytest.raises(ValueError, match="data's digest = "):
-        train(build("MLP", dim=2, width=16, layers=1), VPSDE(), DATA + 1, **rest)
+    network = build("MLP", dim=2, width=16, layers=1)
+    with pytest.raises(ValueError, match=r"with process = 'VPSDE' \(now 'VPSDE with other numbers'\); process cannot"):
+        train(network, VPSDE(beta_max=10.0), DATA, **rest)
+    with pytest.raises(ValueError, match=r"with process = 'VPSDE' \(now 'SubVPSDE'\); process cannot change.*init="):
+        train(network, SubVPSDE(), DATA, **rest)
+    with pytest.raises(ValueError, match=r"a run with other data; .*change=\['data'\] \(--change data\)"):
+        train(network, VPSDE(), DATA + 1, **rest)
 
 
 @pytest.mark.parametrize("change", [{"steps": 40}, {"lr": 1e-4}, {"predicts": "eps"}, {"seed": 7}, {"about": {"a": 1}}])
 def test_other_settings_are_refused_by_name(tmp_path, change):
     stopped(tmp_path)
-    with pytest.raises(ValueError, match=f"{'a' if 'about' in change else next(iter(change))} = .* \\(now "):
+    name = "a" if "about" in change else next(iter(change))
+    way = "init=" if name == "predicts" else rf"change=\['{name}'\] \(--change {name}\)"
+    with pytest.raises(ValueError, match=rf"{name} = .* \(now .*{way}"):
         run(tmp_path, resume=True, **change)
 
 
-def test_a_truncated_state_says_so_and_the_one_before_is_whole(tmp_path):
+CHANGED = {
+    "lr": 1e-2, "steps": 40, "batch": 8, "warmup": 200, "schedule": "constant", "weight_decay": 0.1, "clip": 1e-4,
+    "ema": 0.5, "seed": 3, "times": "lognormal", "bf16": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_is_named_may_change_and_has_its_effect(tmp_path, caplog, name):
+    """The steps done are kept, those to come are others, the log says so, and what comes after compares with it."""
+    before = run(tmp_path / "whole")[1]
+    stopped(tmp_path / "parts")
+    changed = {name: CHANGED[name]}
+    after = run(tmp_path / "parts", resume=True, change=[name], **changed)[1]
+    assert len(after.losses) == changed.get("steps", 30)
+    assert torch.equal(after.losses[:20], before.losses[:20])
+    weights = [torch.cat([w.flatten() for w in trained.network.parameters()]) for trained in (before, after)]
+    assert not torch.equal(*weights)
+    (line,) = (tmp_path / "parts" / "log.txt").read_text().splitlines()
+    assert line.startswith(f"step 20: {name} {CHANGED[name]!r}, was ")
+    assert [record.getMessage() for record in caplog.records] == [line]
+    again = run(tmp_path / "parts", resume=True, **changed)[1]
+    assert torch.equal(again.losses, after.losses)
+    with pytest.raises(ValueError, match=f"{name} = "):
+        run(tmp_path / "parts", resume=True)
+
+
+def test_a_changed_run_does_from_there_what_it_would_have_done(tmp_path):
+    """A constant rate halved after 20 steps, against the same by hand: Adam's way of one weight is the sum of rates."""
+
+    class Level(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.level = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t):
+            return x * 0 + self.level
+
+    options = {"predicts": "x0", "schedule": "constant", "warmup": 0, "batch": 8, "device": "cpu", "out": tmp_path}
+    for lr, steps, more in ((1e-2, 20, {}), (5e-3, 30, {"resume": True, "change": ["lr", "steps", "data"]})):
+        network = Level()
+        far = torch.full((8, 1), 1e4 * (1 if not more else 2))
+        train(network, VPSDE(), far, lr=lr, steps=steps, **options, **more)
+    assert float(network.level.detach()) == pytest.approx(20 * 1e-2 + 10 * 5e-3, rel=0.01)
+    assert (tmp_path / "log.txt").read_text().splitlines() == [
+        "step 20: other data", "step 20: lr 0.005, was 0.01", "step 20: steps 30, was 20",
+    ]  # fmt: skip
+
+
+def test_items_that_are_gone_are_other_data(tmp_path):
+    stopped(tmp_path)
+    rest = {"steps": 30, "batch": 16, "every": 10, "warmup": 5, "device": "cpu", "out": tmp_path, "resume": True}
+    network = build("MLP", dim=2, width=16, layers=1)
+    with pytest.raises(ValueError, match=r"other data, items = 40 \(now 39\).*change=\['data'\]"):
+        train(network, VPSDE(), DATA[:39], **rest)
+    assert len(train(network, VPSDE(), DATA[:39], change=["data"], **rest).losses) == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"change": ["lr"]}, ValueError, r"change is for a run that goes on: pass resume=True"),
+        ({"change": "lr", "resume": True}, TypeError, r"must be a list of names, as \['lr'\], got 'lr'"),
+        ({"change": ["step"], "resume": True}, ValueError, r"unknown setting to change 'step': did you mean 'steps'"),
+        ({"change": ["predicts"], "resume": True}, ValueError, r"change cannot name predicts: .*init="),
+        ({"change": ["lr"], "resume": True, "seed": 9}, ValueError, r"change=\['lr', 'seed'\] \(--change lr seed\)"),
+        ({"change": ["steps"], "resume": True, "steps": 19}, ValueError, r"steps must be at least 20, .*got 19"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(tmp_path, options, error, message):
+    stopped(tmp_path)
+    with pytest.raises(error, match=message):
+        run(tmp_path, **options)
+
+
+def test_a_change_of_nothing_is_fine(tmp_path):
+    stopped(tmp_path)
+    assert torch.equal(run(tmp_path, resume=True, change=["lr"])[1].losses, run(None)[1].losses)
+    assert not (tmp_path / "log.txt").exists()
+    with pytest.raises(ValueError, match="unknown setting to change 'lrr'"):
+        run(tmp_path / "new", resume=True, change=["lrr"])
+
+
+def damaged(folder, old, new):
+    """The two states of a run, each "good", "cut", "foreign" or "gone"."""
+    for file, state in zip(states(folder), (old, new), strict=True):
+        if state == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+        elif state == "foreign":
+            write_tensors(file, {"x": torch.zeros(2)}, FORMAT, {})
+        elif state == "gone":
+            file.unlink()
+
+
+@pytest.mark.parametrize("new", ["good", "cut", "foreign", "gone"])
+@pytest.mark.parametrize("old", ["good", "cut", "foreign", "gone"])
+def test_a_run_goes_on_from_the_newest_state_that_is_whole(tmp_path, old, new):
+    """To the bits of a run that nothing happened to; the log says what was left aside."""
     _, whole = run(tmp_path / "whole")
     stopped(tmp_path / "parts")
-    before, last = states(tmp_path / "parts")
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"truncated.*delete it to go on from {before.name}"):
-        run(tmp_path / "parts", resume=True)
-    last.unlink()
-    assert torch.equal(run(tmp_path / "parts", resume=True)[1].losses, whole.losses)
+    damaged(tmp_path / "parts", old, new)
+    bad = [state for state in (old, new) if state in ("cut", "foreign")]
+    log = tmp_path / "parts" / "log.txt"
+    if bad and "good" not in (old, new):
+        files = ".*".join(f"{file.name} (is truncated|has the format)" for file in reversed(states(tmp_path / "parts")))
+        with pytest.raises(ValueError, match=f"no state in .*parts can be read: .*{files}.*Delete them to begin"):
+            run(tmp_path / "parts", resume=True)
+        for file in states(tmp_path / "parts"):  # as the message says
+            file.unlink()
+    _, rest = run(tmp_path / "parts", resume=True)
+    assert torch.equal(rest.losses, whole.losses)
+    steps = [row.split(",")[0] for row in (tmp_path / "parts" / "metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "10", "20", "30"]
+    said = log.read_text() if log.exists() else ""
+    if new == "good":
+        assert said == ""
+    elif old == "good":
+        assert said.count("\n") == (new != "gone")
+        assert (f"step 10: left aside, {tmp_path}" in said) == (new != "gone")
+        assert ("000000020.safetensors" in said) == (new != "gone")
+    else:
+        assert said == f"step 0: no state in {tmp_path / 'parts'} to go on from, so the run begins\n"
 
 
-def test_foreign_files_are_refused(tmp_path):
+def test_a_bad_state_is_not_the_one_that_is_kept(tmp_path):
+    """Of two good ones and a later one that cannot be read, the two are kept."""
     stopped(tmp_path)
-    last = states(tmp_path)[-1]
-    write_tensors(last, {"x": torch.zeros(2)}, FORMAT, {})
-    with pytest.raises(ValueError, match="has the format 'sdekit-score-1', not 'sdekit-run-1'"):
-        run(tmp_path, resume=True)
-    torch.save({"step": 20}, last)  # a pickle
+    (tmp_path / "state-000000999.safetensors").write_bytes(b"bad")
+    run(tmp_path, resume=True)
+    assert [int(file.stem[-9:]) for file in states(tmp_path)] == [20, 30, 999]
+
+
+def test_a_pickle_is_no_state(tmp_path):
+    stopped(tmp_path)
+    for file in states(tmp_path):
+        torch.save({"step": 20}, file)
     with pytest.raises(ValueError, match="no safetensors file"):
         run(tmp_path, resume=True)
 

@@ -1,0 +1,128 @@
+"""What a step sees of the data: x_0, and the conditions of the same items, each in its place."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from sdekit import _checks
+from sdekit.training.draws import Order
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Dataset[Any], tuple[Tensor, ...]]:
+    """The data, and the conditions of a tensor's items. ValueError or TypeError for what cannot be trained on."""
+    if isinstance(data, DataLoader):
+        raise TypeError(
+            "data must be a tensor or a dataset, got a DataLoader: pass its dataset (loader.dataset) and batch=, "
+            "workers=, since train draws the order itself, for a run that can be resumed"
+        )
+    known = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not known or isinstance(data, IterableDataset | Mapping | str):
+        raise TypeError(
+            f"data must be a tensor or a dataset with a length and items by number, got {type(data).__name__}: give it "
+            "__len__ and __getitem__, or pass list(data) where the items fit in memory"
+        )
+    if len(data) == 0:
+        raise ValueError(f"data must hold at least one item, got an empty {type(data).__name__}")
+    data = _checks.state(data, "data") if isinstance(data, Tensor) else data
+    if labels is None:
+        return data, ()
+    given = tuple(labels) if isinstance(labels, tuple | list) else (labels,)
+    for one in given:
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                f"labels must be a tensor or a tuple of tensors, got {type(one).__name__}: use torch.tensor"
+            )
+        if not (isinstance(data, Tensor) and one.ndim and len(one) == len(data)):
+            raise ValueError("labels must be one for each item of a data tensor; a dataset brings its own")
+    given, place = _fit(given, classes), label_in(given)
+    if place is not None and classes and int(given[place].min()) > 0 and int(given[place].max()) == classes:
+        raise ValueError(
+            f"labels must count from 0, got {int(given[place].min())} ... {classes}, of which {classes} is "
+            "network.classes, the label that stands for none: subtract 1"
+        )
+    return data, given
+
+
+def label_in(conditions: tuple[Tensor, ...]) -> int | None:
+    """Which of the conditions is a class label: the first one of whole numbers (b,)."""
+    whole = [k for k, c in enumerate(conditions) if c.ndim == 1 and c.dtype in _WHOLE]
+    return whole[0] if whole else None
+
+
+def batches(
+    data: Tensor | Dataset[Any],
+    conditions: tuple[Tensor, ...],
+    order: Order,
+    dtype: torch.dtype,
+    workers: int,
+    classes: int | None,
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """(x_0, its conditions) of one step after another, on the draws' device; floating ones in ``dtype``."""
+    device = order.draws.device
+
+    def there(y: Tensor) -> Tensor:
+        return y.to(device, dtype if y.is_floating_point() else y.dtype, non_blocking=True)
+
+    if isinstance(data, Tensor):
+        data, conditions = there(data), tuple(map(there, conditions))
+        for chosen in order:
+            index = torch.tensor(chosen, device=device)
+            yield data[index], tuple(c[index] for c in conditions)
+        return
+    # its own generator, or the loader would take a seed for its workers from the global one
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(),
+        collate_fn=_together,
+    )  # fmt: skip
+    for x0, *rest in loader:
+        yield there(_checks.state(x0, "data")), tuple(map(there, _fit(tuple(rest), classes)))
+
+
+def _fit(conditions: tuple[Tensor, ...], classes: int | None) -> tuple[Tensor, ...]:
+    """The conditions, a class label in int64. ValueError for a label out of range, and for what is not finite."""
+    place, fit = label_in(conditions), []
+    for k, condition in enumerate(conditions):
+        if condition.is_floating_point():
+            _checks.state(condition, f"condition {k + 1} of the data")
+        elif k == place and classes:
+            _checks.labels(condition, classes)
+        fit.append(condition.long() if k == place else condition)
+    return tuple(fit)
+
+
+def _together(items: list[Any]) -> list[Tensor]:
+    """A batch of items, x or (x, *conditions): each part of all of them in one tensor."""
+    rows = [tuple(item) if isinstance(item, tuple | list) else (item,) for item in items]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("the items of data must have as many entries each, (x, *conditions); some have more")
+    for row in rows:
+        for k, part in enumerate(row):
+            if not isinstance(part, Tensor | np.ndarray | np.generic | int | float):
+                raise TypeError(
+                    f"an item of data must be x or (x, *conditions), of tensors, arrays or numbers; {_unfit(k, part)}"
+                )
+    shapes = [sorted({tuple(np.shape(part)) for part in column}) for column in zip(*rows, strict=True)]
+    for k, found in enumerate(shapes):
+        if len(found) > 1:
+            raise ValueError(f"the items of data must be of one shape; their entry {k} has {found[0]} and {found[1]}")
+    return [default_collate(list(column)) for column in zip(*rows, strict=True)]
+
+
+def _unfit(k: int, part: Any) -> str:
+    """What is wrong with entry k of an item, and what would do."""
+    if isinstance(part, Mapping):
+        names = list(part)
+        return f"got a {type(part).__name__} of {', '.join(map(repr, names))}: return a tuple of its values, x first"
+    if part is None:
+        return f"its entry {k} is None: leave it out, or put in what stands for nothing, as zeros"
+    if isinstance(part, str):
+        return f"its entry {k} is the text {part!r:.40}: return numbers, as its tokens or an embedding"
+    if isinstance(part, tuple | list):
+        return f"its entry {k} is a {type(part).__name__}: put what is in it side by side, (x, a, b)"
+    return f"its entry {k} is a {type(part).__name__}: make a tensor of it"
