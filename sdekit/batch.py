@@ -4,6 +4,7 @@ Both are a context's, so that they reach a network, a norm or a guidance through
 between.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -47,16 +48,18 @@ class Padding:
     """
 
     def __init__(self, real: Tensor) -> None:
-        self.real = real
-        flat = real.reshape(len(real), -1)
-        self.counts = flat.sum(1)
-        numbers = self.counts.tolist()
-        self.groups: list[tuple[list[int], Tensor]] = []  # samples of one size: who, and where their entries are
+        self.real, self.counts = real, real.reshape(len(real), -1).sum(1)
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[list[int], Tensor]]:
+        """The samples of one size together: who, and where in the batch their entries are."""
+        flat, numbers, groups = self.real.reshape(len(self.real), -1), self.counts.tolist(), []
         for n in sorted(set(numbers)):
             rows = [i for i, m in enumerate(numbers) if m == n]
-            who = torch.tensor(rows, device=real.device)
+            who = torch.tensor(rows, device=flat.device)
             i, k = flat[who].nonzero(as_tuple=True)
-            self.groups.append((rows, who[i] * flat.shape[1] + k))
+            groups.append((rows, who[i] * flat.shape[1] + k))
+        return groups
 
     @classmethod
     def of(cls, mask: "Tensor | Padding | None", shape: Sequence[int], process: Any) -> "Padding | None":
@@ -92,6 +95,8 @@ class Padding:
         if self.real.device != x.device:  # once: a copy at every evaluation would make the host wait
             self.real = self.real.to(x.device)
         real = self.real if rows is None else self.real[rows.to(x.device)]
+        if x.numel() != real.numel():  # no batch of these samples, which whoever asked for one will say
+            return x
         return torch.where(real.reshape(x.shape), x, 0.0)
 
     def spread(self, make: Callable[[list[int], int], Tensor], like: Tensor) -> Tensor:
@@ -143,3 +148,9 @@ def entries(x: Tensor) -> Any:
     here = _asked.get()
     counts = padding.counts if here is None else padding.counts[here[0].to(padding.counts.device)]
     return counts.to(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+def event_mean(y: Tensor) -> Tensor:
+    """Over what is real of the event, (b,), of the samples asked for."""
+    n, flat = entries(y), only_real(y).reshape(len(y), -1)
+    return flat.mean(1) if isinstance(n, int) else flat.sum(1) / n

@@ -210,18 +210,23 @@ def test_a_system_of_the_users_own(method):
     out = solve(Pulled(), x, grid, method, noise=Noise(x, 4, mask=MASK), mask=MASK).x
     flat = [torch.ones(1, n, D, **F64) for n in COUNTS]
     same(out, [solve(Pulled(), y, grid, method, noise=Noise(y, 4, [i])).x[0] for i, y in enumerate(flat)])
-    constant = Pulled()
-    constant.noise_type, constant.diffusion = "additive", lambda t: 0.3 * torch.ones_like(torch.as_tensor(t))
-    ends = {"start": 0.0, "end": 1.0}
-    out = solve(constant, x, [0.0, 1.0], "adaptive_sra1", noise=BrownianPath(x, 4, mask=MASK, **ends), mask=MASK).x
-    paths = [BrownianPath(y, 4, [i], **ends) for i, y in enumerate(flat)]
-    same(out, [solve(constant, y, [0.0, 1.0], "adaptive_sra1", noise=p).x[0] for y, p in zip(flat, paths, strict=True)])
     drift = Pulled()
     drift.churn = 0.0
     x = torch.full_like(x, 3.0)
     out = solve(drift, x, [0.0, 1.0], "rk45", rtol=1e-8, atol=1e-8, mask=MASK).x
     torch.testing.assert_close(out[MASK], torch.full_like(out[MASK], 1 + 2 * math.exp(-1)), rtol=0, atol=1e-7)
     assert (out[~MASK] == 0).all()
+
+
+def test_a_system_of_the_users_own_on_a_path():
+    x = torch.ones(B, N, D, **F64)
+    flat = [torch.ones(1, n, D, **F64) for n in COUNTS]
+    constant = Pulled()
+    constant.noise_type, constant.diffusion = "additive", lambda t: 0.3 * torch.ones_like(torch.as_tensor(t))
+    ends, how = {"start": 0.0, "end": 1.0}, {"method": "adaptive_sra1", "rtol": 0.02, "atol": 0.02}
+    out = solve(constant, x, [0.0, 1.0], noise=BrownianPath(x, 4, mask=MASK, **ends), mask=MASK, **how).x
+    paths = [BrownianPath(y, 4, [i], **ends) for i, y in enumerate(flat)]
+    same(out, [solve(constant, y, [0.0, 1.0], noise=p, **how).x[0] for y, p in zip(flat, paths, strict=True)])
 
 
 def test_guidance_and_thresholds_measure_what_is_real():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.batch import entries, only_real
+from sdekit.batch import event_mean
 from sdekit.models.conditions import ApartError, joined
 from sdekit.models.derived import finished, inside
 from sdekit.models.guided import Apart, Classified, Guided, Mix, Together, band, each
@@ -208,11 +208,7 @@ def _zero_star(c: Tensor, u: Tensor, scale: float) -> Tensor:
 
 
 def _std(y: Tensor) -> Tensor:
-    n = entries(y)
-    if isinstance(n, int):
-        return y.reshape(len(y), -1).std(1, correction=0)
-    mean = y.reshape(len(y), -1).sum(1) / n
-    return (only_real(y - each(mean, y)).square().reshape(len(y), -1).sum(1) / n).sqrt()
+    return event_mean((y - each(event_mean(y), y)).square()).sqrt()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdekit.batch import entries, only_real
+from sdekit.batch import event_mean
 
 SUCCESS = "success"
 HINTS = {
@@ -93,8 +93,7 @@ def keep_indices(n: int, keep: int) -> set[int]:
 
 def rms(y: Tensor) -> Tensor:
     """Root mean square over the event, of what is real of it, per sample: (b, *event) -> (b,)."""
-    n, square = entries(y), only_real(y).reshape(y.shape[0], -1).square()
-    return square.mean(1).sqrt() if isinstance(n, int) else (square.sum(1) / n).sqrt()
+    return event_mean(y.square()).sqrt()
 
 
 def full(x: Tensor, value: float, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from sdekit import _checks
+from sdekit.batch import Padding
 from sdekit.training.draws import Order
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -53,6 +54,15 @@ def label_in(conditions: tuple[Tensor, ...]) -> int | None:
     """Which of the conditions is a class label: the first one of whole numbers (b,)."""
     whole = [k for k, c in enumerate(conditions) if c.ndim == 1 and c.dtype in _WHOLE]
     return whole[0] if whole else None
+
+
+def padding_in(conditions: tuple[Tensor, ...], mask: int | None, x0: Tensor, sde: Any) -> Padding | None:
+    """What condition number ``mask`` says of these items. Raises ValueError or TypeError where it is no mask."""
+    if mask is None:
+        return None
+    if mask >= len(conditions):
+        raise ValueError(f"mask = {mask} names a condition, from 0, and the data have {len(conditions)}")
+    return Padding.of(conditions[mask], x0.shape, sde)
 
 
 def batches(

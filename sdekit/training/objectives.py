@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import entries, event_mean, only_real
 from sdekit.likelihood.bound import log_bin_probability
 from sdekit.likelihood.quantization import Quantization
 from sdekit.models.network import NetworkScore, eps_slope, prediction_target
@@ -71,7 +72,7 @@ def denoising(weighting: str | Weighting = "simple") -> Objective:
             w = score.sde.sigma(t) ** 2 if score.predicts == "score" else torch.ones_like(t)
         else:
             w = _of_output(weight, weighting, score, t)
-        return w.to(error) * _mean(error.square())
+        return w.to(error) * event_mean(error.square())
 
     return objective
 
@@ -103,7 +104,7 @@ def implicit() -> Objective:
         d = x[0].numel()
         units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
         square, products = _square_and_products(score, x, t, units)
-        return _scaled(score.sde, t, square + 2 * products.sum(0) / d)
+        return _scaled(score.sde, t, square + 2 * products.sum(0) / entries(x))
 
     return objective
 
@@ -120,7 +121,7 @@ def sliced(projections: int = 1) -> Objective:
         require_gradient(score.sde, "sliced score matching")
         x = score.sde.draw(x0, t, normal)
         square, products = _square_and_products(score, x, t, [_signs(normal()) for _ in range(projections)])
-        return _scaled(score.sde, t, square + 2 * products.mean(0) / x[0].numel())
+        return _scaled(score.sde, t, square + 2 * products.mean(0) / entries(x))
 
     return objective
 
@@ -147,7 +148,7 @@ def finite_difference(projections: int = 1, step: float = 0.1) -> Objective:
         for _ in range(projections):
             v = _signs(normal())
             up, down = _wide(score(x + h * v, t)), _wide(score(x - h * v, t))
-            draws.append(_mean((up + down).square() / 4 + v * (up - down) / h))
+            draws.append(event_mean((up + down).square() / 4 + v * (up - down) / h))
         return _scaled(score.sde, t, torch.stack(draws).mean(0))
 
     return objective
@@ -165,7 +166,7 @@ def explicit(reference: Score) -> Objective:
             known = reference(x, t)
         if known.shape != x.shape:
             raise ValueError(f"reference must return x's shape {tuple(x.shape)}, got {tuple(known.shape)}")
-        return _scaled(score.sde, t, _mean(_wide(score(x, t) - known).square()))
+        return _scaled(score.sde, t, event_mean(_wide(score(x, t) - known).square()))
 
     return objective
 
@@ -196,9 +197,11 @@ def variational(quantization: Quantization | None = None) -> Objective:
         if not torch.equal(times[index], t):
             raise ValueError(f"t must be among sde.times, {n} times from {float(times[0]):g} to {float(times[-1]):g}")
         lam = sde.half_log_snr(times)
+        if not isinstance(entries(x0), int):
+            raise ValueError("the bound is over all entries of an item, and mask leaves some out: use denoising()")
         x, eps = _noised(sde, x0, t, normal)
         out = score.output(x, t)
-        error = _mean(_wide(eps - _as_kind(Kind(0.0, 1.0), score, out, x, t)).square())
+        error = event_mean(_wide(eps - _as_kind(Kind(0.0, 1.0), score, out, x, t)).square())
         gaps = torch.cat([lam[:1], lam[:-1]]) - lam
         zero = torch.isinf(gaps)
         loss = (n / 2 * torch.expm1(2 * torch.where(zero, 0.0, gaps)))[index].to(error) * error
@@ -207,7 +210,7 @@ def variational(quantization: Quantization | None = None) -> Objective:
             if score.predicts in BLIND:
                 raise ValueError(zero_signal(sde, score.predicts))
             off = x0[zero] - _as_kind(Kind(1.0, 0.0), score, out[zero], x[zero], t[zero])
-            loss = loss.index_put((zero,), (n / 2 * torch.exp(2 * lam[-2])).to(error) * _mean(_wide(off).square()))
+            loss = loss.index_put((zero,), (n / 2 * torch.exp(2 * lam[-2])).to(error) * event_mean(_wide(off).square()))
         if not first.any():
             return loss
         if quantization is None:  # x_0 - x_0^ = sigma/alpha (eps^ - eps)
@@ -215,7 +218,7 @@ def variational(quantization: Quantization | None = None) -> Objective:
         else:
             mean = _as_kind(Kind(1.0, 0.0), score, out[first], x[first], t[first])
             levels = ((x0[first].double() - quantization.low) / quantization.bin).round().long()
-            decoder = -_mean(log_bin_probability(quantization, levels, mean, math.exp(-float(lam[0])))).to(error)
+            decoder = -event_mean(log_bin_probability(quantization, levels, mean, math.exp(-float(lam[0])))).to(error)
         return loss.index_put((first,), n * decoder)
 
     return objective
@@ -267,7 +270,7 @@ def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[T
     graph, products = torch.is_grad_enabled(), []
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        s = score(x, t)
+        s = only_real(score(x, t))
         if not s.requires_grad:
             raise ValueError(_NO_GRADIENT)
         for v in vectors:
@@ -275,21 +278,16 @@ def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[T
             if jv is None:  # a graph to the weights, none to x
                 raise ValueError(_NO_GRADIENT)
             products.append((_wide(v) * _wide(jv)).reshape(len(x), -1).sum(1))
-    return _mean(_wide(s).square()), torch.stack(products)
+    return event_mean(_wide(s).square()), torch.stack(products)
 
 
 def _signs(z: Tensor) -> Tensor:
-    return torch.ones_like(z).copysign(z)
+    return only_real(torch.ones_like(z).copysign(z))
 
 
 def _scaled(sde: SDE, t: Tensor, y: Tensor) -> Tensor:
     """sigma^2 y, (B,)."""
     return sde.score_weight(t).to(y) * y
-
-
-def _mean(y: Tensor) -> Tensor:
-    """The mean over the event, (B,)."""
-    return y.reshape(len(y), -1).mean(1)
 
 
 def _wide(y: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sdekit import _checks
+from sdekit.batch import only_real, padded
 from sdekit.models.network import as_score
 from sdekit.processes.kinds import KINDS
 from sdekit.processes.law import digest
@@ -20,7 +21,7 @@ from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import TIMES, Draws, Order
 from sdekit.training.ema import EMA
-from sdekit.training.items import batches, checked, label_in
+from sdekit.training.items import batches, checked, label_in, padding_in
 from sdekit.training.log import Log, Metrics
 from sdekit.training.objectives import Objective, denoising
 from sdekit.training.settings import DIGEST, asked_for
@@ -53,6 +54,7 @@ def train(
     clip: float = 1.0,
     ema: float = 0.999,
     label_drop: float = 0.1,
+    mask: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     bf16: bool = False,
@@ -74,8 +76,9 @@ def train(
     floating ones in its weights' dtype. The first condition of whole numbers (b,) is a class label: in a fraction
     ``label_drop`` of the items it becomes ``network.classes``, which stands for none (Ho & Salimans 2022). The others
     are never dropped: what is to be learnt without them too, the dataset leaves out at random itself, by giving what
-    stands for nothing (zeros, say), or the network does. ``objective``: what is minimised, see
-    :mod:`sdekit.training.objectives`; denoising score matching unless given.
+    stands for nothing (zeros, say), or the network does. ``mask``: which of the conditions, from 0, is the mask of
+    padded items, as in :func:`sdekit.sample` (True: real): noise and loss are of what is real. ``objective``: what is
+    minimised, see :mod:`sdekit.training.objectives`; denoising score matching unless given.
 
     ``times``: how t lies in [t_min, T]: a name of :data:`sdekit.training.draws.TIMES`, or a callable from u (B,) in
     [0, 1) to t. u is one uniform shift of an even grid per batch, which has less variance than independent draws.
@@ -108,6 +111,7 @@ def train(
     if not 0 <= label_drop < 1:
         raise ValueError(f"label_drop must be a fraction of at least 0 and below 1, got {label_drop!r}")
     warmup, seed = _checks.count(warmup, "warmup", minimum=0), _checks.count(seed, "seed", minimum=0)
+    mask = None if mask is None else _checks.count(mask, "mask", minimum=0)
     lr, clip = _checks.positive(lr, "lr"), _checks.positive(clip, "clip")
     decay = _checks.lookup({"cosine": _cosine, "constant": lambda fraction: 1.0}, schedule, "schedule")
     to_time = times if callable(times) else _checks.lookup(TIMES, times, "times")(sde)
@@ -116,8 +120,8 @@ def train(
     ranks, run = Ranks.here(), None if out is None else Path(out)
     settings = {
         "predicts": predicts, "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "schedule": schedule,
-        "weight_decay": weight_decay, "clip": clip, "ema": ema, "label_drop": label_drop, "seed": seed, "bf16": bf16,
-        "times": times if isinstance(times, str) else "a callable", "process": _fingerprint(sde),
+        "weight_decay": weight_decay, "clip": clip, "ema": ema, "label_drop": label_drop, "mask": mask, "seed": seed,
+        "bf16": bf16, "times": times if isinstance(times, str) else "a callable", "process": _fingerprint(sde),
         "init": None if init is None else str(init), **(about or {}),
     }  # fmt: skip
     change, classes = asked_for(change, resume), getattr(network, "classes", None)
@@ -145,7 +149,8 @@ def train(
         for text in said:
             log.say(done, text)
     module: nn.Module = DistributedDataParallel(network) if ranks.world > 1 else network
-    score = as_score(torch.compile(module) if compile else module, sde, predicts=predicts)
+    real = None if mask is None else _real
+    score = as_score(torch.compile(module) if compile else module, sde, predicts=predicts, output=real)
     metrics, look = Metrics(run if ranks.first else None, done), Look(done, steps, log, run)
 
     draws = Draws(seed, batch, ranks, device)
@@ -165,10 +170,12 @@ def train(
             kinds = torch.where(draws.uniform() < label_drop, classes, conditions[place])
             conditions = (*conditions[:place], kinds, *conditions[place + 1 :])
         stepper.begin(lr * min(1.0, step / (warmup + 1)) * decay((step - 1) / steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        padding = padding_in(conditions, mask, x0, sde)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), padded(padding):
             if not sde.common(x0):
                 raise ValueError(f"{type(sde).__name__} has a y for each sample, and data are shuffled: give it one y")
-            loss = objective(score.given(*conditions), x0, t, partial(draws.normal, x0)).mean()
+            x0 = only_real(x0)
+            loss = objective(score.given(*conditions), x0, t, partial(_normal, draws, x0)).mean()
         norm = stepper.take(loss)
         average.update(network)
         recent.append((loss.detach().float(), norm))
@@ -188,6 +195,15 @@ def train(
             ranks.wait()
     network.eval()
     return Trained(average.network, losses)
+
+
+def _real(out: Any) -> Any:
+    """Of what the network returns; what has not x's shape is refused by the score."""
+    return only_real(out) if isinstance(out, Tensor) else out
+
+
+def _normal(draws: Draws, x0: Tensor) -> Tensor:
+    return only_real(draws.normal(x0))
 
 
 def _fingerprint(sde: Any) -> list[Any]:
