@@ -5,13 +5,16 @@ all of its numbers and keeps its own.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from sdekit import _checks
+from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 
@@ -108,6 +111,30 @@ TIMES: dict[str, Callable[[SDE], Callable[[Tensor], Tensor]]] = {
     "lognormal": lognormal,
     "table": tabled,
 }
+
+
+def doubts(sde: Any, predicts: str, times: Callable[[Tensor], Tensor], std: float) -> list[str]:
+    """What of process, prediction and times is likely to end in wrong samples without a word; data of this ``std``."""
+    if not hasattr(sde, "alpha"):
+        return []
+    found, std = [], std if std > 0 else 1.0  # of one number it is NaN
+    t = times((torch.arange(2048, dtype=torch.float64) + 0.5) / 2048)
+    r = torch.exp(-sde.half_log_snr(t))
+    top = float(torch.exp(-sde.half_log_snr(sde.T)))
+    share = float(((r > 0.03 * std) & (r < 3 * std)).double().mean())
+    if share < 0.1:
+        found.append(
+            f"only {share:.1%} of the times are at levels sigma/alpha that hide a part of the data, which here are "
+            f"{0.03 * std:.2g} to {3 * std:.2g}: times='lognormal' draws them there"
+        )
+    if predicts in BLIND and math.isfinite(top) and float((r > top / 8).double().mean()) < 0.01:
+        found.append(
+            f"a network that predicts {predicts} is hardly shown the levels near {top:.3g}, where its error counts "
+            "that many times in x_0, and samplers begin: predict v or x0"
+        )
+    if predicts in BLIND and not math.isfinite(top):
+        found.append(zero_signal(sde, predicts))
+    return found
 
 
 def _key(seed: int, purpose: str, number: int) -> int:

@@ -1,5 +1,6 @@
 """Training: a network learns the score of a process's marginals from data."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from sdekit.processes.kinds import KINDS
 from sdekit.processes.law import digest
 from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
-from sdekit.training.draws import TIMES, Draws, Order
+from sdekit.training.draws import TIMES, Draws, Order, doubts
 from sdekit.training.ema import EMA
 from sdekit.training.items import batches, checked, label_in, padding_in
 from sdekit.training.log import Log, Metrics
@@ -115,7 +116,7 @@ def train(
     lr, clip = _checks.positive(lr, "lr"), _checks.positive(clip, "clip")
     decay = _checks.lookup({"cosine": _cosine, "constant": lambda fraction: 1.0}, schedule, "schedule")
     to_time = times if callable(times) else _checks.lookup(TIMES, times, "times")(sde)
-    objective = objective or denoising()
+    objective = denoising() if objective is None else _objective(objective)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks, run = Ranks.here(), None if out is None else Path(out)
     settings = {
@@ -138,6 +139,8 @@ def train(
         for unfinished in run.glob("*.safetensors*.part") if ranks.first else ():  # a kill cut its writing short
             unfinished.unlink()
     log = Log(run, ranks.first)
+    for doubt in doubts(sde, predicts, to_time, float(data[:1024].std()) if isinstance(data, Tensor) else 1.0):
+        log.say(0, doubt)
     network.to(device).train()
     if init is not None and not (run is not None and states(run)):
         was = begin(network, init)
@@ -195,6 +198,17 @@ def train(
             ranks.wait()
     network.eval()
     return Trained(average.network, losses)
+
+
+def _objective(objective: Any) -> Objective:
+    try:
+        inspect.signature(objective).bind(*[None] * 4)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "objective must be a function (score, x_0, t, normal) -> (B,), as denoising() makes one; a weighting goes "
+            f"into it, denoising(edm()), and a name into OBJECTIVES[name](); got {objective!r}"
+        ) from None
+    return objective
 
 
 def _real(out: Any) -> Any:
