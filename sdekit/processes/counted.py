@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sdekit.system import ordinary
+
 
 class Model(Protocol):
     """A score that can also say what its network says; whatever else is called as (x, t) says a score."""
@@ -126,6 +128,8 @@ def called(rows: int) -> None:
 
 def ask(model: Model, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
     """Its output; to a model of models their way to ask, so that one with no network in it counts as a call too."""
+    if not torch.is_inference_mode_enabled():
+        time = ordinary(time)
     if torch.compiler.is_compiling():
         return model.output(x, time, ready)
     made = _made.get()
