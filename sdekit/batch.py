@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.system import ordinary
 
 # Of how large a batch, where it is not all of it.
 _asked: ContextVar[tuple[Tensor, int] | None] = ContextVar("samples", default=None)
@@ -48,7 +49,8 @@ class Padding:
     """
 
     def __init__(self, real: Tensor) -> None:
-        self.real, self.counts = real, real.reshape(len(real), -1).sum(1)
+        self.real = ordinary(real)
+        self.counts = self.real.reshape(len(real), -1).sum(1)
 
     @functools.cached_property
     def groups(self) -> list[tuple[list[int], Tensor]]:

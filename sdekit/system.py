@@ -3,7 +3,8 @@
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,35 @@ def holds(conditions: Tensor) -> bool:
         return bool(conditions.all())
     except RuntimeError:
         return True
+
+
+def ordinary(y: Tensor) -> Tensor:
+    """y, or a copy of one that was made in inference mode, which autograd does not take."""
+    if not y.is_inference():
+        return y
+    with torch.inference_mode(False):
+        return y.clone()
+
+
+@contextmanager
+def made_outside(what: str) -> Iterator[None]:
+    """What is called within is ``what``; ValueError where autograd refuses a tensor of inference mode that it holds."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise ValueError(
+            f"{what} holds tensors that were made in torch.inference_mode, such as its weights, and has no gradient "
+            "through them: make it outside, or under torch.no_grad"
+        ) from error
+
+
+@contextmanager
+def differentiating(what: str) -> Iterator[None]:
+    """Within, a gradient of ``what`` is taken, whatever the caller's mode."""
+    with torch.inference_mode(False), torch.enable_grad(), made_outside(what):
+        yield
 
 
 def expand(c: Tensor, x: Tensor) -> Tensor:

@@ -326,3 +326,16 @@ def test_a_mask_that_broadcasts():
     first = as_score(lambda x, t: 0.5 * x, sde, "eps")
     out = sample(sde, first, (B, D, N), nfe=6, seed=0, mask=MASK[:, None])
     assert torch.equal(out != 0, MASK[:, None].expand(B, D, N))
+
+
+def test_in_inference_mode():
+    """Likelihoods take derivatives whatever the mode that the mask was made in."""
+    sde = VPSDE()
+    score = as_score(network(sde, 7.0), sde, "eps")
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    with torch.inference_mode():
+        mask = MASK.clone()
+        found = log_likelihood(sde, score.given(mask), x, mask=mask)
+        drawn = sample(sde, score.given(mask), x.shape, nfe=5, seed=0, mask=mask)
+    torch.testing.assert_close(found.log_prob, log_likelihood(sde, score.given(MASK), x, mask=MASK).log_prob)
+    torch.testing.assert_close(drawn, sample(sde, score.given(MASK), x.shape, nfe=5, seed=0, mask=MASK))

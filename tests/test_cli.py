@@ -124,6 +124,30 @@ def test_train_sample_nll(tmp_path, capsys):
     assert 0 < float(printed.split()[0]) < 20
 
 
+def test_bad_images_are_named_or_left_out_and_counted(tmp_path, capsys):
+    images, out, score = tmp_path / "images", tmp_path / "run", str(tmp_path / "run" / "score.safetensors")
+    images.mkdir()
+    for name, level in (("a", 0), ("b", 128), ("c", 255)):
+        Image.new("L", (8, 8), level).save(images / f"{name}.png")
+    bad = images / "b.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    flags = f"train --data {{images}} --size 8 --channels 1 --steps 2 --out {{out}} {SMALL}"
+    for workers in (0, 1):
+        message = rf"(?m)^sdekit train: {re.escape(str(bad))} cannot be read as an image .*--skip-bad\)$"
+        refused(capsys, f"{flags} --workers {workers}", message, images=images, out=tmp_path / f"no {workers}")
+    run(f"{flags} --skip-bad", images=images, out=out)
+    left_out = f"1 bad file left out ({bad})"
+    assert f"2 items (1, 8, 8), {left_out}, " in capsys.readouterr().out
+    refused(capsys, f"{flags} --resume", "skip_bad = True", images=images, out=out)
+    run(f"{flags} --skip-bad --resume", images=images, out=out)
+    capsys.readouterr()
+    run("nll {score} --number 2 --probes 1 --tol 0.1 --device cpu", score=score)
+    assert f"items 0 ... 1 of {images}, {left_out}; " in capsys.readouterr().out
+    refused(
+        capsys, f"train --skip-bad --steps 2 --out {{out}} {SMALL}", "skip_bad are for a folder", out=tmp_path / "d"
+    )
+
+
 def test_guidance_is_none_and_the_scale_times_what_a_label_adds(tmp_path):
     """Scale 1 and 0 are the model with the label and without, and 3 is u + 3 (c - u)."""
     sde, score = load_checkpoint(CONDITIONAL)
@@ -181,7 +205,7 @@ def test_nll_of_vectors_is_the_density_s(tmp_path, capsys):
         (["train", "--data", "nowhere"], "'nowhere' is none"),
         (["train", "--overfit", "5000"], "1797"),
         (["train", "--overfit", "-3"], "number of items must be at least 1"),
-        (["train", "--size", "32"], "size and channels are for a folder"),
+        (["train", "--size", "32"], "size, channels and skip_bad are for a folder"),
         (["train", "--sigma-data", "0.5"], "set predicts to x0, got v"),
         (["train", "--objective", "sliced", "--weighting", "edm"], "weighting is of denoising"),
         (["train", "--times", "table"], "BetaTable, SigmaTable.*got VPSDE"),

@@ -51,7 +51,7 @@ def run_check(options: argparse.Namespace) -> bool:
     size, channels = (
         (event[-1], event[0]) if is_image_folder(config.data) and event and len(event) == 3 else (None, None)
     )
-    data = load_data(config.data, size=size, channels=channels)
+    data = load_data(config.data, size=size, channels=channels, skip_bad=config.skip_bad)
     if event is not None and data.event != event:
         raise ValueError(f"{config.data} holds items {data.event}, and {options.checkpoint} is of {event}")
     # Some of all of them: the first may be of a class alone.

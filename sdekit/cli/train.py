@@ -36,7 +36,7 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Train a score and keep it in --out: score.safetensors, the run's state, metrics.csv and pictures of samples."""
     config, out, ranks = from_flags(options), options.out, Ranks.here()
-    data = load_data(config.data, size=config.size, channels=config.channels)
+    data = load_data(config.data, size=config.size, channels=config.channels, skip_bad=config.skip_bad)
     data = data if config.overfit is None else data.part(0, config.overfit)
     make, known = _checks.lookup(PROCESSES, config.process, "process")
     for name in config.process_args:
@@ -47,7 +47,7 @@ def run_train(options: argparse.Namespace) -> None:
     network = build_network(_network(config, data), sde, seed=config.seed)
     if ranks.first:
         weights = sum(w.numel() for w in network.parameters())
-        print(f"{len(data.items)} items {data.event}, {weights:,} weights")  # type: ignore[arg-type]
+        print(f"{len(data.items)} items {data.event}{data.left_out}, {weights:,} weights")  # type: ignore[arg-type]
 
     def save(step: int, averaged: nn.Module) -> None:
         save_checkpoint(

@@ -88,7 +88,8 @@ def run_nll(options: argparse.Namespace) -> None:
     event = event_of(score, options.checkpoint)
     config = Config.read(options.checkpoint) if options.data is None else Config(data=options.data)
     size, channels = (event[-1], event[0]) if is_image_folder(config.data) and len(event) == 3 else (None, None)
-    data = load_data(config.data, size=size, channels=channels).part(options.skip, options.number)
+    whole = load_data(config.data, size=size, channels=channels, skip_bad=config.skip_bad)  # items as in training
+    data = whole.part(options.skip, options.number)
     if (data.event, data.levels, data.data_range) != (event, score.levels, score.data_range):
         raise ValueError(
             f"{config.data} holds items {data.event} of {data.levels} levels in {data.data_range}, and "
@@ -122,5 +123,5 @@ def run_nll(options: argparse.Namespace) -> None:
     unit = "nats" if kind is None else f"bits/dim, {kind.levels} levels, an upper bound by dequantisation"
     spread = 1.96 * float(value.std()) / math.sqrt(len(value)) if len(value) > 1 else math.nan
     if Ranks.here().first:
-        items = f"items {options.skip} ... {options.skip + len(value) - 1} of {config.data}"
+        items = f"items {options.skip} ... {options.skip + len(value) - 1} of {config.data}{data.left_out}"
         print(f"{float(value.mean()):.4f} +- {spread:.4f} {unit}; {items}; budget {float(error.mean()):.4f}")

@@ -17,7 +17,7 @@ from sdekit.processes.reverse import Reverse
 from sdekit.solvers.adams import Adams
 from sdekit.solvers.adaptive import State
 from sdekit.solvers.frame import FlowFrame, moment
-from sdekit.system import expand
+from sdekit.system import differentiating, expand
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
 _MOST = 2**32  # bytes of the unit vectors of an exact divergence
@@ -58,7 +58,7 @@ class Divergence:
     def __call__(self, system: Reverse, x: Tensor, t: Moment, run: Tensor, graph: bool) -> tuple[Tensor, Tensor]:
         """The output o at t like x, and (b, columns): v . (do/dx)^T v of every v, or its sum over unit vectors."""
         # Of fused attention there is no second derivative.
-        with torch.enable_grad(), _plain_attention() if graph else nullcontext():
+        with differentiating("score"), _plain_attention() if graph else nullcontext():
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
             score = system.model(x, t)
             if not score.requires_grad:

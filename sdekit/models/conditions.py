@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdekit.batch import asked
+from sdekit.system import ordinary
 
 Chosen = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -23,7 +24,7 @@ class Conditions:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         whole = [isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in args]
         args = tuple(torch.tensor(int(a)) if is_whole else a for a, is_whole in zip(args, whole, strict=True))
-        self.all: Chosen = args, kwargs
+        self.all: Chosen = mapped(ordinary, (args, kwargs))
         self._last: tuple[Any, Any, Any] = (None, None, None)  # those of the samples last asked for
 
     def of(self, x: Tensor) -> Chosen:
@@ -47,7 +48,8 @@ class Conditions:
                 return y if y.is_floating_point() else y.expand(x.shape[0])
             return y[rows] if len(y) == total and rows is not None else y
 
-        chosen = mapped(choose, self.all)
+        with torch.inference_mode(False):  # they are for a later mode, too
+            chosen = mapped(choose, self.all)
         self._last = (rows, (total, x.shape[0], x.device), chosen)
         return chosen
 

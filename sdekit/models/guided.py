@@ -15,7 +15,7 @@ from sdekit.processes.counted import Model, ask
 from sdekit.processes.kinds import BLIND, express, kind_of, to_score, zero_signal
 from sdekit.processes.law import law_of, require_centred, require_gradient
 from sdekit.processes.reverse import levels_of, said_of
-from sdekit.system import Score, holds
+from sdekit.system import Score, differentiating, holds, ordinary
 
 Mix = Callable[[Tensor, Tensor], Tensor]  # (c, u) -> what is said, sample by sample
 
@@ -183,9 +183,9 @@ class Classified(Derived):
 
     def _slope(self, x: Tensor, time: Tensor) -> Tensor:
         graph = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
+        with differentiating("log_prob"):
             y = leaf(x, graph)
-            value = self._log_prob(y, time, *self._given.of(x)[0])
+            value = self._log_prob(y, ordinary(time), *self._given.of(x)[0])
             if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"log_prob must return one number a sample, shape ({len(x)},), got {got}")

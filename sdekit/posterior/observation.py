@@ -13,6 +13,7 @@ from torch.nn import functional
 from sdekit import _checks
 from sdekit.batch import asked
 from sdekit.noise.keyed import Noise
+from sdekit.system import made_outside, ordinary
 
 Map = Callable[[Tensor], Tensor]
 
@@ -33,7 +34,7 @@ class Observation:
     def __init__(
         self, y: Any, A: Map | Tensor | Sequence[Any] | np.ndarray, std: Any, adjoint: Map | None = None
     ) -> None:
-        self.y = _checks.state(torch.as_tensor(y), "y")
+        self.y = ordinary(_checks.state(torch.as_tensor(y), "y"))
         r = torch.as_tensor(std, dtype=torch.float64)
         if not (torch.isfinite(r).all() and (r > 0).all()):
             got = std if r.numel() == 1 else f"a smallest of {float(r.min()):g}"
@@ -41,14 +42,14 @@ class Observation:
                 f"std must be finite and > 0, got {got}: the observation's noise is what its precision is; for what is "
                 "known exactly take one that is small against the data"
             )
-        self.std = r
+        self.std = ordinary(r)
         if adjoint is not None and not callable(adjoint):
             raise TypeError(f"adjoint must be a callable (B, *seen) -> (B, *event), got {type(adjoint).__name__}")
         self._adjoint, self._matrix = adjoint, None
         if callable(A):
             self._map = A
         else:
-            self._matrix = torch.as_tensor(A)
+            self._matrix = ordinary(torch.as_tensor(A))
             if self._matrix.ndim != 2 or not torch.isfinite(self._matrix).all():
                 raise ValueError(f"A must be a callable or a finite matrix (d_y, d), got {tuple(self._matrix.shape)}")
             self._map = self._by_matrix
@@ -113,7 +114,8 @@ class Observation:
         self._seen = seen
 
     def _called(self, x: Tensor) -> Tensor:
-        out = self._map(x)
+        with made_outside("A"):
+            out = self._map(x)
         if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape[:1] != x.shape[:1]:
             got = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"A must return a floating tensor ({x.shape[0]}, *seen) for {tuple(x.shape)}, got {got}")
@@ -155,7 +157,12 @@ class Observation:
             return lambda u: (u @ a).reshape(x.shape)
         if self._adjoint is not None:
             adjoint = self._adjoint
-            return lambda u: adjoint(u.reshape(-1, *(self._seen or ())))
+
+            def given(u: Tensor) -> Tensor:
+                with made_outside("adjoint"):
+                    return adjoint(u.reshape(-1, *(self._seen or ())))
+
+            return given
         with torch.enable_grad():
             at = x if graph and x.requires_grad else x.detach().requires_grad_()
             out = self._called(at)

@@ -22,7 +22,7 @@ from sdekit.processes.kinds import Kind, express, kind_of
 from sdekit.processes.law import require_white
 from sdekit.processes.reverse import levels_of
 from sdekit.processes.sde import SDE
-from sdekit.system import Score, holds
+from sdekit.system import Score, differentiating, holds, ordinary
 
 DENSE = 128  # up to so many entries of y a covariance is made whole where its determinant is asked for
 
@@ -146,6 +146,7 @@ class PosteriorScore(Derived):
     def local(self, x: Tensor, time: Tensor, ready: Any = None) -> tuple[Local, Any]:
         """The model at x, one evaluation, and what E[x_0|x_t] adds to what it says. ValueError where alpha = 0."""
         inside, numbers = (None, None) if ready is None else ready
+        time = ordinary(time)
         if numbers is None:
             given = self._numbers(time)
             a, b, back, gain = fitting(given[:4], x)
@@ -159,7 +160,7 @@ class PosteriorScore(Derived):
                 "there"
             )
         graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with differentiating("score"):
             y = leaf(x, graph)
             out = ask(self.inside, y, time, inside).to(x.dtype)
             if not out.requires_grad:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdekit.batch import asked, asking, only_real
+from sdekit.system import ordinary
 
 
 class Model(Protocol):
@@ -103,6 +104,8 @@ def called(rows: int) -> None:
 
 def ask(model: Model, x: Tensor, time: Tensor, ready: Any = None) -> Tensor:
     """Its output; to a model of models their way to ask, so that one with no network in it counts as a call too."""
+    if not torch.is_inference_mode_enabled():
+        time = ordinary(time)
     if torch.compiler.is_compiling():
         return model.output(x, time, ready)
     made = _made.get()

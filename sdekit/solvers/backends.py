@@ -14,27 +14,34 @@ from torch import Tensor
 
 from sdekit import _checks
 from sdekit.noise.keyed import Noise
-from sdekit.solvers.solution import SUCCESS, Solution, full
+from sdekit.solvers.solution import SUCCESS, Solution, Trajectory, full, keep_indices, keep_times
 from sdekit.system import System
 
 
-def _torchdiffeq(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+def _torchdiffeq(
+    system: System, x: Tensor, grid: Tensor, kept: list[int], method: str, rtol: float, atol: float, noise: Any
+) -> list[Tensor]:
     _needs_ode(system, "torchdiffeq")
     times = grid.to(x.device, x.dtype) if x.device.type == "mps" else grid.to(x.device)
 
     def rhs(t: Tensor, y: Tensor) -> Tensor:
         try:
-            return system.drift(y, _inside(float(t), grid))
+            return system.drift(y, _inside(t.item(), grid))  # of a graph float() would warn
         except AssertionError as error:  # the score's own, not the back-end's
             raise RuntimeError(f"the score failed: {error}") from error
 
+    # Else it steps beyond these times and interpolates, which bosh3 and dopri8 do with a hundred times their tolerance.
+    options = {"step_t": times[1:]} if f"torchdiffeq:{method}" in ADAPTIVE else None
     try:
-        return torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method)[-1]
+        path = torchdiffeq.odeint(rhs, x, times, rtol=rtol, atol=atol, method=method, options=options)
     except AssertionError as error:  # its way to say "underflow in dt" and "non-finite values in state"
         raise GaveUpError(str(error)) from error
+    return [path[k] for k in kept]
 
 
-def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+def _scipy(
+    system: System, x: Tensor, grid: Tensor, kept: list[int], method: str, rtol: float, atol: float, noise: Any
+) -> list[Tensor]:
     _needs_ode(system, "scipy")
 
     def rhs(t: float, y: np.ndarray) -> np.ndarray:
@@ -45,12 +52,14 @@ def _scipy(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, at
         return dy.double().cpu().numpy().ravel()
 
     ends = (float(grid[0]), float(grid[-1]))
-    out = solve_ivp(rhs, ends, x.double().cpu().numpy().ravel(), method=method, rtol=rtol, atol=atol)
+    start, dense = x.double().cpu().numpy().ravel(), len(kept) > 1
+    out = solve_ivp(rhs, ends, start, method=method, rtol=rtol, atol=atol, dense_output=dense)
     if not out.success:
         raise GaveUpError(out.message)
     if not np.isfinite(out.y[:, -1]).all():
         raise GaveUpError("the state is not finite")
-    return torch.from_numpy(out.y[:, -1].copy()).to(x).reshape(x.shape)
+    path = [*(out.sol(float(grid[k])) for k in kept[:-1]), out.y[:, -1].copy()]
+    return [torch.from_numpy(y).to(x).reshape(x.shape) for y in path]
 
 
 class _Flat:
@@ -113,7 +122,9 @@ _SDE_TYPES = {
 GENERAL = "torchsde:euler (Ito), or torchsde:heun, torchsde:midpoint or torchsde:euler_heun (Stratonovich)"
 
 
-def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float, atol: float, noise: Any) -> Tensor:
+def _torchsde(
+    system: System, x: Tensor, grid: Tensor, kept: list[int], method: str, rtol: float, atol: float, noise: Any
+) -> list[Tensor]:
     """One call per interval, one step each. Strong order 1, but for euler on diagonal and all on general noise 1/2."""
     like = x
     system.require_sense(_SDE_TYPES[method], "torchsde:euler" if _SDE_TYPES[method] != "ito" else "torchsde:heun")
@@ -122,14 +133,17 @@ def _torchsde(system: System, x: Tensor, grid: Tensor, method: str, rtol: float,
             raise ValueError(f"torchsde:milstein takes additive or diagonal noise; for general noise use {GENERAL}")
         like = x.new_empty(x.shape[0], system.diffusion_at(x, float(grid[0])).shape[-1])
     noise, y = noise or Noise(like, root=system.root), x.reshape(x.shape[0], -1)
-    for t, s in pairwise(grid.tolist()):
+    path = {0: x}
+    for k, (t, s) in enumerate(pairwise(grid.tolist()), start=1):
         noise.enter(t, s)
-        flat, path = _Flat(system, x, t, s, _SDE_TYPES[method]), _Path(noise, like, t, s)
+        flat, increment = _Flat(system, x, t, s, _SDE_TYPES[method]), _Path(noise, like, t, s)
         # dt: to the interval's end in one step, however both are rounded. grad_free: of milstein, whose derivatives
         # would keep a graph through all steps.
         ends, options = torch.tensor([0.0, abs(s - t)], dtype=y.dtype), {"grad_free": True}
-        y = torchsde.sdeint(flat, y, ends, bm=path, method=method, dt=math.inf, options=options)[-1]
-    return y.reshape(x.shape)
+        y = torchsde.sdeint(flat, y, ends, bm=increment, method=method, dt=math.inf, options=options)[-1]
+        if k in kept:
+            path[k] = y.reshape(x.shape)
+    return [path[k] for k in kept]
 
 
 class GaveUpError(Exception):
@@ -141,7 +155,7 @@ ADAPTIVE = {
     **{f"torchdiffeq:{m}": _torchdiffeq for m in ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")},
     **{f"scipy:{m}": _scipy for m in ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")},
 }
-METHODS: dict[str, Callable[..., Tensor]] = {
+METHODS: dict[str, Callable[..., list[Tensor]]] = {
     **ADAPTIVE,
     **{f"torchdiffeq:{m}": _torchdiffeq for m in ("euler", "midpoint", "heun3", "rk4")},
     **{f"torchsde:{m}": _torchsde for m in _SDE_TYPES},
@@ -149,7 +163,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 
 
 def run(
-    backend: Callable[..., Tensor],
+    backend: Callable[..., list[Tensor]],
     system: System,
     x: Tensor,
     grid: Tensor,
@@ -158,23 +172,32 @@ def run(
     rtol: float,
     atol: float,
     noise: Any,
+    keep: int,
 ) -> Solution:
-    """x at grid[-1] by a back-end's ``method``; its own failure becomes the status "failed", its reason, and NaN."""
+    """x at grid[-1] by a back-end's ``method``; its own failure becomes the status "failed", its reason, and NaN.
+
+    ``keep`` states make the trajectory: at times of the grid, or between its ends where the method chooses its steps.
+    """
     nfe, status, t, reason = system.nfe, SUCCESS, float(grid[-1]), ""
+    if method in ADAPTIVE:
+        grid = keep_times(grid, keep) if keep else grid[[0, -1]]
+    kept = sorted(keep_indices(len(grid) - 1, keep)) or [len(grid) - 1]
     try:
-        out = backend(system, x, grid, method.partition(":")[2], rtol, atol, noise)
-    except GaveUpError as error:
-        out, status, t, reason = torch.full_like(x, torch.nan), "failed", float(grid[0]), str(error)
+        path = backend(system, x, grid, kept, method.partition(":")[2], rtol, atol, noise)
+    except GaveUpError as error:  # and does not say how far it came
+        path = [torch.full_like(x, torch.nan)] * len(kept)
+        status, t, reason = "failed", float(grid[0]), str(error)
     system.settle()
     evaluations = system.nfe - nfe
     return Solution(
-        x=out,
+        x=path[-1],
         t=full(x, t, torch.float64),
         nfe=evaluations,
         nfe_per_sample=full(x, evaluations, torch.int64),
         accepted=None,
         rejected=None,
         status=[status] * x.shape[0],
+        trajectory=Trajectory(grid[kept], torch.stack([x, *path[1:]])) if keep else None,
         reason=reason,
     )
 

@@ -41,8 +41,6 @@ def integrate(
     between = [t + c * (s - t) for t, s in pairwise(times) for c in rule.nodes]
     system.prepare(times + between, x)
     state = rule.begin(system, times, x)
-    if keep > steps + 1:
-        raise ValueError(f"keep must be at most {steps + 1}, the times of the grid, got {keep}")
     kept = keep_indices(steps, keep)
     path = [(times[0], x)] if kept else []
     error: Tensor | float | None = math.nan if correction else None  # until a step has been corrected

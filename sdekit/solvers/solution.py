@@ -87,8 +87,15 @@ def bar(steps: Iterable[Any], progress: bool, total: int | None = None) -> Itera
 
 
 def keep_indices(n: int, keep: int) -> set[int]:
-    """``keep`` of the numbers 0 ... n, evenly spaced, both ends included."""
+    """``keep`` of the numbers 0 ... n of a grid's times, evenly spaced, both ends included."""
+    if keep > n + 1:
+        raise ValueError(f"keep must be at most {n + 1}, the times of the grid, got {keep}")
     return {round(i * n / (keep - 1)) for i in range(keep)} if keep else set()
+
+
+def keep_times(grid: Tensor, keep: int) -> Tensor:
+    """``keep`` times, evenly spaced, from the grid's first to its last."""
+    return torch.stack([torch.lerp(grid[0], grid[-1], i / (keep - 1)) for i in range(keep)])
 
 
 def rms(y: Tensor) -> Tensor:

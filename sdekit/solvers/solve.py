@@ -18,7 +18,7 @@ from sdekit.solvers.adaptive import MAX_NFE, adaptive
 from sdekit.solvers.fixed import integrate
 from sdekit.solvers.frame import FlowFrame, InFrame
 from sdekit.solvers.rungekutta import TABLEAUS, RungeKutta
-from sdekit.solvers.solution import Callback, Solution, Trajectory
+from sdekit.solvers.solution import Callback, Solution, Trajectory, keep_times
 from sdekit.solvers.sra import SRA1
 from sdekit.solvers.steppers import RULES, StepRule, as_rule
 from sdekit.system import NOISE_TYPES, System
@@ -66,7 +66,7 @@ def solve(
     heun, rk4, sra1 and torchsde's methods take increments (other rules draw exact noise of their own kind); fresh
     unless given. Made for x; for general noise for a tensor (B, m).
     ``keep``: how many states (>= 2) to keep as trajectory, 0 for none; an adaptive method steps onto each of those
-    times, which costs evaluations.
+    times, which costs evaluations (SciPy's interpolate there, which costs none).
     ``denoise``: take the step from the last time to t = 0 as well, x to E[x_0|x], one evaluation; reverse systems only.
     ``estimate``: report ``Solution.error``, per sample, for rules with a corrector. It costs a norm a step.
     ``callback(step, t, x)``: after each step, with a copy of x.
@@ -165,10 +165,10 @@ def _solve(
             raise ValueError("noise and solve must be given the same mask: Noise(x, seed, mask=mask)")
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
-        if keep or callback is not None or max_nfe is not None or progress or padding is not None:
-            raise ValueError(f"keep, callback, max_nfe, progress and mask are not known to {method}; leave them out")
+        if callback is not None or max_nfe is not None or progress or padding is not None:
+            raise ValueError(f"callback, max_nfe, progress and mask are not known to {method}; leave them out")
         system.prepare(times.tolist(), x)
-        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise)
+        solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise, keep=keep)
         return _denoised(system, solution, float(times[-1])) if denoise else solution
     if system.churn and system.noise_type == "general":
         raise ValueError(f"step rules take additive or diagonal noise; for general noise use {backends.GENERAL}")
@@ -187,8 +187,7 @@ def _solve(
         if system.churn and isinstance(system, Reverse) and bool((system.levels(times[[0, -1]]).alpha == 0).any()):
             system.require_drift()
         limit = _checks.count(MAX_NFE if max_nfe is None else max_nfe, "max_nfe", minimum=8 + denoise) - denoise
-        aims = torch.stack([torch.lerp(times[0], times[-1], i / (keep - 1)) for i in range(keep)]) if keep else None
-        ends = times[[0, -1]] if aims is None else aims
+        ends = keep_times(times, keep) if keep else times[[0, -1]]
         solution = adaptive(
             _adaptive_method(str(method), system, rtol, atol, x, times, noise, padding), x, ends, max_nfe=limit,
             keep=bool(keep), progress=progress, callback=callback, calls=lambda: system.nfe,

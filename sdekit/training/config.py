@@ -17,6 +17,7 @@ HELP = {
     "data": "'digits', a folder of images or of IDX files, or a .npz or .npy file",
     "size": "side of the images of a folder",
     "channels": "1 or 3, of the images of a folder",
+    "skip_bad": "decode the images of a folder once at the start, and leave out those that cannot be read",
     "overfit": "train on the first so many items only, to see that all is well",
     "process": "the process",
     "process_args": "its arguments, as beta_max=10",
@@ -53,6 +54,7 @@ class Config:
     data: str = "digits"
     size: int | None = None
     channels: int | None = None
+    skip_bad: bool = False
     overfit: int | None = None
     process: str = "VPSDE"
     process_args: dict[str, Any] = field(default_factory=dict)

@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sdekit import _checks
+from sdekit.training.images import SUFFIXES, ImageFolder, most_levels, readable
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-_MAY_BE_DEEP = {".png", ".tif", ".tiff"}  # the rest have 8 bits a channel at most
-_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF: BitsPerSample, PhotometricInterpretation
 _WHITE = {"b1": 1, "u1": 255, "u2": 65535}  # of arrays, by kind and bytes: the last of the levels
 
 
@@ -24,6 +22,7 @@ class Data:
 
     ``levels``, ``data_range``: discrete values are levels 0 ... levels - 1, evenly from low to high
     (:class:`sdekit.likelihood.quantization.Quantization`); None for continuous data, which are taken as they are.
+    ``skipped``: the files that ``skip_bad`` left out.
     """
 
     items: Tensor | Dataset[Any]
@@ -31,11 +30,18 @@ class Data:
     labels: Tensor | None = None
     levels: int | None = None
     data_range: tuple[float, float] | None = None
+    skipped: tuple[Path, ...] = ()
 
     @property
     def classes(self) -> int:
         """How many kinds the labels name; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    @property
+    def left_out(self) -> str:
+        """What to say of the files left out, with a comma before it; nothing where there are none."""
+        n, names = len(self.skipped), ", ".join(map(str, self.skipped[:3]))
+        return f", {n} bad file{'s' * (n > 1)} left out ({names}{', ...' * (n > 3)})" if n else ""
 
     def part(self, skip: int, number: int) -> "Data":
         """``number`` items after the first ``skip``, in memory."""
@@ -46,24 +52,27 @@ class Data:
         whole = isinstance(self.items, Tensor)
         items = self.items[skip:end] if whole else torch.stack([self.items[i] for i in range(skip, end)])
         labels = None if self.labels is None else self.labels[skip:end]
-        return Data(items, self.event, labels, self.levels, self.data_range)
+        return Data(items, self.event, labels, self.levels, self.data_range, self.skipped)
 
 
-def load_data(source: str, *, size: int | None = None, channels: int | None = None) -> Data:
+def load_data(source: str, *, size: int | None = None, channels: int | None = None, skip_bad: bool = False) -> Data:
     """The data that ``source`` names.
 
     "digits": scikit-learn's 1,797 digits, 8x8, 17 levels, with labels. A folder with IDX files (the format of MNIST and
     Fashion-MNIST): their training images, with labels. Any other folder: its images, at any depth, in the order of
-    their names; each is cropped to a square about its middle and resized to ``size``, with 1 or 3 ``channels`` (default
-    3). White is the largest value of a file's own type: grey images of 16 bits keep them, and make the folder one of
-    65,536 levels, else 256; Pillow reads 16-bit colour as 8-bit; transparency is left aside. A .npz or .npy file: the
-    array "x" (or the only one) and, if there, "labels"; arrays of uint8, uint16 and bool are levels 0 ... 255, 65535
-    and 1, laid out (N, H, W), (N, H, W, C) or (N, C, H, W); floating arrays (N, *event) are taken as they are.
-    Levels become values in [-1, 1]. Raises ValueError, TypeError or FileNotFoundError that says what was found instead.
+    their names, but macOS's ._* files; each is turned as its EXIF orientation says, laid on white where it is
+    transparent, cropped to a square about its middle and resized to ``size``, with 1 or 3 ``channels`` (default 3).
+    White is the largest value of a file's own type: grey images of 16 bits keep them, and make the folder one of 65,536
+    levels, else 256; Pillow reads 16-bit colour, and 16-bit grey with an alpha channel, as 8-bit. A file that cannot be
+    read is an error when its turn comes; ``skip_bad``: decode each file once now, and leave out those that cannot be
+    (``Data.skipped``). A .npz or .npy file: the array "x" (or the only one) and, if there, "labels"; arrays of uint8,
+    uint16 and bool are levels 0 ... 255, 65535 and 1, laid out (N, H, W), (N, H, W, C) or (N, C, H, W); floating arrays
+    (N, *event) are taken as they are. Levels become values in [-1, 1].
+    Raises ValueError, TypeError or FileNotFoundError that says what was found instead.
     """
     path = Path(source)
-    if not is_image_folder(source) and (size, channels) != (None, None):
-        raise ValueError(f"size and channels are for a folder of images, which {source!r} is not")
+    if not is_image_folder(source) and (size, channels, skip_bad) != (None, None, False):
+        raise ValueError(f"size, channels and skip_bad are for a folder of images, which {source!r} is not")
     if source == "digits":
         from sdekit.training.digits import load_digits
 
@@ -74,7 +83,7 @@ def load_data(source: str, *, size: int | None = None, channels: int | None = No
         labels = torch.from_numpy(read_idx(path, "train-labels-idx1-ubyte").astype(np.int64))
         return _levels(images, labels)
     if path.is_dir():
-        return _folder(path, size, channels)
+        return _folder(path, size, channels, skip_bad)
     if path.suffix in (".npz", ".npy") and path.is_file():
         return _array(path)
     raise FileNotFoundError(f"data must be 'digits', a folder of images or a .npz or .npy file; {source!r} is none")
@@ -102,73 +111,11 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         raise ValueError(f"{file} is no IDX file of bytes, or is truncated: {error}") from None
 
 
-class ImageFolder(Dataset[Tensor]):
-    """Images (channels, size, size) in [-1, 1] of files, decoded when they are asked for.
-
-    Resized ones are rounded to their own type's levels again; ``levels`` (256, or 65536): no file may have more.
-    """
-
-    def __init__(self, files: list[Path], size: int, channels: int, levels: int = 256) -> None:
-        self.files, self.size, self.channels, self.levels = files, size, channels, levels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        from PIL import Image, ImageOps
-
-        file = self.files[index]
-        with Image.open(file) as image:
-            white = _white(image, file)
-            if white >= self.levels:
-                raise ValueError(
-                    f"{file} holds {white + 1} levels, and its folder was taken for one of {self.levels}: save it with "
-                    "8 bits, or under the name of its type (.png, .tif) and load the folder anew"
-                )
-            plain = _deep(image) if white > 255 else _shallow(image, file, "L" if self.channels == 1 else "RGB")
-            square = np.asarray(ImageOps.fit(plain, (self.size, self.size)), dtype=np.float32)
-        if white > 255:  # resized as floating numbers, where bicubic weights overshoot
-            square = square.clip(0, white).round()
-        square = square.reshape(self.size, self.size, -1)
-        array = np.broadcast_to(square / (white / 2) - 1, (self.size, self.size, self.channels))
-        return torch.from_numpy(array.copy()).movedim(-1, 0)
-
-
-def _white(image: Any, file: Path) -> int:
-    """The value that is white by an image's own type; ValueError for a type whose range says nothing of white."""
-    bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
-    if (image.mode.startswith("I;16") and bits == 16) or (image.mode == "I" and image.format == "PNG"):
-        return 65535  # which of the two modes a PNG has depends on Pillow's version
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return 255
-    kind = {"I": "signed or 32-bit integers", "F": "floating numbers"}.get(image.mode, f"{bits}-bit integers")
-    raise ValueError(
-        f"{file} is a {image.format} of {kind} (Pillow's mode {image.mode!r}), of which nobody knows what is white: "
-        "save it with 8 or 16 bits and no sign, or put the images into a .npy file of floats in [-1, 1]"
-    )
-
-
-def _deep(image: Any) -> Any:
-    """16 bits of grey as floating numbers, which every version of Pillow resizes."""
-    from PIL import Image
-
-    grey = np.asarray(image).astype(np.float32)
-    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns it round for 8 bits alone
-    return Image.fromarray(65535 - grey if white_is_zero else grey)
-
-
-def _shallow(image: Any, file: Path, mode: str) -> Any:
-    """8 bits of grey or colour, whatever the image has: palette, black and white, another space of colours."""
-    try:
-        return image.convert(mode)
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as {mode}: {error}; save it as RGB or grey") from None
-
-
-def _folder(path: Path, size: int | None, channels: int | None) -> Data:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+def _folder(path: Path, size: int | None, channels: int | None, skip_bad: bool) -> Data:
+    # macOS puts what it knows of a.png into ._a.png
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))
     if not files:
-        raise ValueError(f"data: no images ({', '.join(sorted(_SUFFIXES))}) in {path}")
+        raise ValueError(f"data: no images ({', '.join(sorted(SUFFIXES))}) in {path}")
     if size is None:
         raise ValueError(f"size must be given for a folder of images: the side that {path}'s are resized to")
     channels = 3 if channels is None else channels
@@ -178,27 +125,9 @@ def _folder(path: Path, size: int | None, channels: int | None) -> Data:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("folders of images need Pillow: pip install 'sdekit[train]'") from error
-    size, levels = _checks.count(size, "size"), _folder_levels(files)
-    return Data(ImageFolder(files, size, channels, levels), (channels, size, size), None, levels, (-1.0, 1.0))
-
-
-def _folder_levels(files: list[Path]) -> int:
-    """The most levels that a file has, by the headers of those that may have more than 8 bits.
-
-    The levels of 8 bits are every 257th of 16, so both may lie in one folder.
-    """
-    from PIL import Image
-
-    white = 255
-    for file in files:
-        if file.suffix.lower() in _MAY_BE_DEEP:
-            try:
-                image = Image.open(file)
-            except OSError:  # one that cannot be read is reported by whoever asks for it
-                continue
-            with image:
-                white = max(white, _white(image, file))
-    return white + 1
+    size = _checks.count(size, "size")
+    files, bad, levels = readable(files, channels) if skip_bad else (files, (), most_levels(files))
+    return Data(ImageFolder(files, size, channels, levels), (channels, size, size), None, levels, (-1.0, 1.0), bad)
 
 
 def _array(path: Path) -> Data:

@@ -26,7 +26,7 @@ from sdekit.models.network import NetworkScore, eps_slope, prediction_target
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
 from sdekit.processes.law import require_gradient
 from sdekit.processes.sde import SDE
-from sdekit.system import NOTHING, Score, expand
+from sdekit.system import NOTHING, Score, differentiating, expand, ordinary
 
 Objective = Callable[[NetworkScore, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 Weighting = Callable[[SDE, Tensor], Tensor]
@@ -268,9 +268,9 @@ def _as_kind(wanted: Kind, score: NetworkScore, out: Tensor, x: Tensor, t: Tenso
 def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """|s|^2/D (B,), and v . (ds/dx)^T v (n, B) for each of n vectors like x."""
     graph, products = torch.is_grad_enabled(), []
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        s = only_real(score(x, t))
+    with differentiating("score"):
+        x = ordinary(x).detach().requires_grad_()
+        s = only_real(score(x, ordinary(t)))
         if not s.requires_grad:
             raise ValueError(_NO_GRADIENT)
         for v in vectors:

@@ -33,7 +33,8 @@ def changes(then: Settings, now: Settings, change: Sequence[str], folder: str) -
         if name in FIXED:
             raise ValueError(f"change cannot name {name}: {_ELSEWHERE.format(folder=folder)}")
         _checks.lookup(dict.fromkeys(may), name, "setting to change")
-    other = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    # What a run of before had no word for is what is not set now.
+    other = sorted(key for key in then.keys() | now.keys() if (then.get(key) or None) != (now.get(key) or None))
     refused = [key for key in other if _name(key) not in change]
     if not refused:
         return [_words(key, then.get(key), now.get(key), "{key} {now!r}, was {was!r}") for key in other]

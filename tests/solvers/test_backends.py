@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sdekit import Noise, System, ode_sample, sample, solve
+from sdekit import VPSDE, BridgeSDE, Noise, System, as_score, ode_sample, sample, solve
 from sdekit.sampling.grids import make_grid
+from sdekit.solvers.backends import ADAPTIVE, METHODS
 from tests.conftest import gaussian_score
 
 
@@ -51,15 +52,106 @@ def test_fixed_step_backends_are_our_rules(sde):
                                rtol=1e-11, atol=1e-12)  # fmt: skip
 
 
-def test_a_backend_that_gives_up_is_a_status():
-    from sdekit import VPSDE
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("method", ["torchsde:euler", "torchdiffeq:euler"])
+def test_fixed_step_backends_keep_the_states_of_our_rules(method, shifted):
+    """At the same times of the grid, on the same noise; of a process with a mean of its own, where that is again."""
+    sde = BridgeSDE(torch.tensor([2.0, -1.0])) if shifted else VPSDE()
+    x, grid = sde.prior_sample((3, 2), seed=0, dtype=torch.float64), make_grid(sde, "karras", 20)
+    score = as_score(lambda x, t: -0.3 * x, sde, predicts="v")
+    system = sde.reverse(score) if method == "torchsde:euler" else sde.probability_flow(score)
+    ours = solve(system, x, grid, "euler_maruyama", noise=Noise(x, 5), keep=7)
+    theirs = solve(system, x, grid, method, noise=Noise(x, 5), keep=7)
+    assert torch.equal(theirs.trajectory.t, ours.trajectory.t)
+    torch.testing.assert_close(theirs.trajectory.x, ours.trajectory.x, rtol=1e-11, atol=1e-12)
+    assert torch.equal(theirs.trajectory.x[0], ours.trajectory.x[0])
+    assert torch.equal(theirs.trajectory.x[-1], theirs.x)
+    assert torch.equal(theirs.x, solve(system, x, grid, method, noise=Noise(x, 5)).x)
+    assert solve(system, x, grid, method).trajectory is None
+    assert len(solve(system, x, grid, method, keep=21, denoise=True).trajectory.t) == 21
 
+
+def test_general_noise_keeps_its_path():
+    """dx = B dW, by its own sum of increments."""
+
+    class Matrix(System):
+        churn, noise_type, B = 1.0, "general", torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]])
+
+        def drift(self, x, t):
+            return torch.zeros_like(x)
+
+        def diffusion(self, x, t):
+            return self.B.expand(len(x), 2, 3)
+
+    x, grid = torch.zeros(4, 2), torch.linspace(0, 1, 5, dtype=torch.float64)
+    noise, like = Noise(x.new_empty(4, 3), 0), Noise(x.new_empty(4, 3), 0)
+    found = solve(Matrix(), x, grid, "torchsde:heun", noise=noise, keep=3).trajectory
+    expected = [x]
+    for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+        like.enter(t, s)
+        expected.append(expected[-1] + like.increment(t, s) @ Matrix.B.mT)
+    assert found.t.tolist() == [0, 0.5, 1]
+    torch.testing.assert_close(found.x, torch.stack(expected[::2]))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("torchsde:")])
+def test_backends_of_odes_keep_states_that_are_right(method):
+    """x0 exp(-t): at times of the grid, or evenly between its ends."""
+
+    class Decay(System):
+        churn = 0.0
+
+        def drift(self, x, t):
+            return -x
+
+    x, grid = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64), [0.1 * k * k for k in range(5)]
+    chosen = method in ADAPTIVE
+    fine = grid if chosen else torch.linspace(0, 1.6, 1601, dtype=torch.float64)
+    tolerance = {"rtol": 1e-8, "atol": 1e-8} if chosen else {}
+    plain = solve(Decay(), x, fine, method, **tolerance)
+    out = solve(Decay(), x, fine, method, keep=9, **tolerance)
+    t = out.trajectory.t
+    torch.testing.assert_close(t, torch.linspace(0, 1.6, 9, dtype=torch.float64))
+    expected = x * (-t[:, None, None]).exp()
+    torch.testing.assert_close(out.trajectory.x, expected, rtol=0, atol=2e-3 if method.endswith(":euler") else 3e-6)
+    assert torch.equal(out.trajectory.x[0], x)
+    assert torch.equal(out.trajectory.x[-1], out.x)
+    torch.testing.assert_close(out.x, plain.x, rtol=0, atol=2e-6)
+    if not (chosen and method.startswith("torchdiffeq")):  # which steps onto those times
+        assert torch.equal(out.x, plain.x)
+
+
+@pytest.mark.parametrize("method", ["torchdiffeq:dopri5", "torchdiffeq:rk4", "torchsde:euler"])
+def test_kept_states_have_their_gradients(method):
+    """d x(t)/d x(0) = exp(-t) at each kept time."""
+
+    class Decay(System):
+        churn, noise_type = 0.0, "additive"
+
+        def drift(self, x, t):
+            return -x
+
+        def diffusion(self, x, t):
+            return 0.0
+
+    x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    path = solve(Decay(), x, grid, method, keep=3, differentiable=True).trajectory
+    for k in range(3):
+        (slope,) = torch.autograd.grad(path.x[k].sum(), x, retain_graph=True)
+        torch.testing.assert_close(float(slope), float((-path.t[k]).exp()), rtol=1e-3, atol=0)
+
+
+def test_a_backend_that_gives_up_is_a_status():
     system = VPSDE().probability_flow(lambda x, t: x**3 * 1e3)
     out = solve(system, torch.ones(2, dtype=torch.float64), [1.0, 1e-5], "torchdiffeq:dopri5")
     assert out.status == ["failed", "failed"]
     assert torch.isnan(out.x).all()
     assert "gave up" in out.hint
     assert "underflow in dt" in out.hint
+    kept = solve(system, torch.ones(2, dtype=torch.float64), [1.0, 1e-5], "torchdiffeq:dopri5", keep=4).trajectory
+    assert torch.equal(kept.x[0], torch.ones(2, dtype=torch.float64))
+    assert torch.isnan(kept.x[1:]).all()
 
     def asserts(x, t):
         raise AssertionError("a user's own")
@@ -71,8 +163,6 @@ def test_a_backend_that_gives_up_is_a_status():
 
 
 def test_bad_use_is_named():
-    from sdekit import VPSDE
-
     sde, x = VPSDE(), torch.ones(2)
     system = sde.reverse(gaussian_score(sde))
     for method in ("torchdiffeq:dopri5", "scipy:RK45"):
@@ -81,7 +171,9 @@ def test_bad_use_is_named():
     for method in ("torchdiffeq:rk4", "torchdiffeq:euler", "torchsde:euler"):  # one step from T to t_min
         with pytest.raises(ValueError, match=f"unknown adaptive method '{method}'"):
             ode_sample(sde, gaussian_score(sde), (2,), method=method)
-    with pytest.raises(ValueError, match="not known to torchsde:euler"):
+    with pytest.raises(ValueError, match="callback, max_nfe and progress are not known to torchsde:euler"):
+        solve(system, x, [1.0, 0.5], "torchsde:euler", max_nfe=30)
+    with pytest.raises(ValueError, match="keep must be at most 2, the times of the grid, got 3"):
         solve(system, x, [1.0, 0.5], "torchsde:euler", keep=3)
     with pytest.raises(ValueError, match="unknown sampler 'rk45'.*ode_sample"):
         sample(sde, gaussian_score(sde), (2,), "rk45")
@@ -103,3 +195,6 @@ def test_a_drift_that_is_not_finite_is_a_status(method, after):
     out = solve(Broken(), torch.ones(2, 3), [1.0, 0.0], f"scipy:{method}")
     assert out.status == ["failed"] * 2
     assert "drift is not finite" in out.reason
+    kept = solve(Broken(), torch.ones(2, 3), [1.0, 0.0], f"scipy:{method}", keep=3).trajectory
+    assert torch.equal(kept.x[0], torch.ones(2, 3))
+    assert torch.isnan(kept.x[1:]).all()
