@@ -104,7 +104,12 @@ class Divergence:
 
 
 def make_divergence(
-    x: Tensor, divergence: str, probes: int, seed: int | None, ids: Sequence[int] | None, padding: Padding | None
+    x: Tensor,
+    divergence: str,
+    probes: int,
+    seed: int | None,
+    ids: Sequence[int] | None,
+    padding: Padding | None = None,
 ) -> Divergence:
     """The divergence of that name, for a batch like x."""
     probes = _checks.count(probes, "probes")
