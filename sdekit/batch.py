@@ -110,6 +110,7 @@ class Padding:
 
 
 _padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
+padding_now = _padding.get  # the batch's, or None: for whoever asks so often that a call counts
 
 
 @contextmanager

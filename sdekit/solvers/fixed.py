@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.batch import only_real
+from sdekit.batch import padding_now
 from sdekit.solvers.solution import SUCCESS, Callback, Solution, Trajectory, bar, full, keep_indices, rms
 from sdekit.solvers.steppers import StepRule
 from sdekit.system import System
@@ -46,11 +46,12 @@ def integrate(
     error: Tensor | float | None = math.nan if correction else None  # until a step has been corrected
     if correction and state is not None:
         correction(state)
-    step, pairs = rule.step, pairwise(times)
+    step, pairs, padding = rule.step, pairwise(times), padding_now()
     for k, (t, s) in enumerate(bar(pairs, progress, steps) if progress else pairs, start=1):
         noise.enter(t, s)
         x, state = step(system, x, t, s, noise, state)
-        x = only_real(x)  # a drift of the user's own may know nothing of padding
+        if padding is not None:  # of which a drift of the user's own may know nothing
+            x = padding.only(x)
         if correction and (change := correction(state)) is not None:
             n = system.at(t, x)
             more = rms(change) / math.hypot(n.alpha, n.sigma)
