@@ -203,6 +203,9 @@ PRINTS = {
                         (r"flow is within ([\d.e-]+)", 0.0, 1e-5)],
     "science.py": [(r"50% interval in ([\d.]+)", 0.5, 0.125), (r"90% interval in ([\d.]+)", 0.9, 0.075),
                    (r"mean is off by ([\d.]+)", 0.2, 0.3), (r"spreads by a factor of ([\d.]+)", 1.1, 0.2)],
+    "sets.py": [(r"differs by ([\d.e-]+)", 0.0, 1e-5),
+                (r"3 corners: .* (-?[\d.]+) below", 0.3, 0.25), (r"4 corners: .* (-?[\d.]+) below", 0.0, 0.25),
+                (r"5 corners: .* (-?[\d.]+) below", 0.7, 0.3)],
     "extend.py": [(r"rule: std ([\d.]+)", 1.020, 0.03), (r"weight 0.0: mean ([\d.]+)", 1.0, 0.02),
                   (r"weight 0.0: mean [\d.]+, std ([\d.]+)", 0.2, 0.02)],
 }  # fmt: skip
