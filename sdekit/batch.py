@@ -6,7 +6,7 @@ between.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -48,13 +48,14 @@ class Padding:
     hold there is 0, whatever a model says of it, no noise is drawn for it, and no norm counts it.
     """
 
-    def __init__(self, real: Tensor) -> None:
+    def __init__(self, real: Tensor, whole: Sequence[int] = ()) -> None:
         self.real = ordinary(real)
         self.counts = self.real.reshape(len(real), -1).sum(1)
+        self.whole = torch.Size(whole)  # the last axes of an event, that no mask cuts through: (d,) of points (N, d)
 
     @functools.cached_property
     def groups(self) -> list[tuple[list[int], Tensor]]:
-        """The samples of one size together: who, and where in the batch their entries are."""
+        """The samples of one size together: who, and where in the batch their entries are, (b n)."""
         flat, numbers, groups = self.real.reshape(len(self.real), -1), self.counts.tolist(), []
         for n in sorted(set(numbers)):
             rows = [i for i, m in enumerate(numbers) if m == n]
@@ -90,7 +91,8 @@ class Padding:
         if own or getattr(process, "root", None) is not None:
             what = "a mean of its own" if own else "noise that ties all entries together"
             raise ValueError(f"mask is for processes that treat every entry alike; {type(process).__name__} has {what}")
-        return cls(real)
+        cut = max(k for k, m in enumerate(form) if m != 1 or k < 2)  # of (B, N), and (B, N, 1), the points' axis
+        return cls(real, shape[2:] if cut == 1 else ())
 
     def only(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x with 0 where nothing is real; x are the samples ``rows``, all unless given."""
@@ -101,12 +103,35 @@ class Padding:
             return x
         return torch.where(real.reshape(x.shape), x, 0.0)
 
-    def spread(self, make: Callable[[list[int], int], Tensor], like: Tensor) -> Tensor:
-        """A batch like ``like`` of ``make(rows, n)``, (len(rows), n), for samples of n real entries, in their order."""
+    def same(self, other: "Padding") -> bool:
+        """Whether the other one says the same."""
+        return torch.equal(self.real.cpu(), other.real.cpu())
+
+    def alone(self, rows: list[int], where: Tensor) -> torch.Size:
+        """The shape of samples of one size without their padding: (b, n, *whole)."""
+        return torch.Size((len(rows), len(where) // len(rows) // self.whole.numel(), *self.whole))
+
+    def spread(self, make: Callable[[list[int], torch.Size], Tensor], like: Tensor) -> Tensor:
+        """A batch like ``like`` of ``make(rows, shape)``: samples of one size without their padding."""
         out = like.new_zeros(like.shape)
         for rows, where in self.groups:
-            out.view(-1)[where.to(out.device)] = make(rows, len(where) // len(rows)).reshape(-1).to(out)
+            with padded(None):
+                made = make(rows, self.alone(rows, where))
+            out.view(-1)[where.to(out.device)] = made.reshape(-1).to(out)
         return out
+
+
+def real_state(x: Any, mask: Tensor | Padding | None, process: Any, name: str = "x") -> tuple[Tensor, Padding | None]:
+    """A finite state (B, *event), with 0 where nothing is real, whatever was there, and its padding.
+
+    Raises as :meth:`Padding.of`, and TypeError or ValueError for an x that is no state.
+    """
+    if mask is None or not isinstance(x, Tensor):
+        return _checks.state(x, name), None
+    padding = Padding.of(mask, x.shape, process)
+    clean = padding.only(x)  # type: ignore[union-attr]
+    # x itself where it may be: an evaluation may have been at it
+    return _checks.state(x if torch.equal(x, clean) else clean, name), padding
 
 
 _padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
@@ -115,10 +140,11 @@ padding_now = _padding.get  # the batch's, or None: for whoever asks so often th
 
 @contextmanager
 def padded(padding: Padding | None) -> Iterator[None]:
-    """Within, the batch is padded so; None: not at all, whatever holds outside."""
+    """Within, the batch is padded so, and all of it asked for; None: not padded at all, whatever holds outside."""
     token = _padding.set(padding)
     try:
-        yield
+        with nullcontext() if padding is None else asking(None):
+            yield
     finally:
         _padding.reset(token)
 
@@ -133,12 +159,13 @@ def only_real(x: Tensor) -> Tensor:
 
 
 def unpadded(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """of(x), (B,), of a whole batch: where it is padded of samples without their padding, (b, n), size by size."""
+    """of(x), (B,), of a whole batch: where it is padded of samples without their padding, size by size."""
     padding = _padding.get()
     if padding is None:
         return of(x)
-    groups = [(rows, where.to(x.device)) for rows, where in padding.groups]
-    found = torch.cat([of(x.reshape(-1)[where].reshape(len(rows), -1)) for rows, where in groups])
+    flat, groups = x.reshape(-1), padding.groups
+    with padded(None):
+        found = torch.cat([of(flat[w.to(x.device)].reshape(padding.alone(rows, w))) for rows, w in groups])
     order = torch.tensor([i for rows, _ in groups for i in rows])
     return found[order.argsort().to(found.device)]
 
@@ -156,4 +183,14 @@ def entries(x: Tensor) -> Any:
 def event_mean(y: Tensor) -> Tensor:
     """Over what is real of the event, (b,), of the samples asked for."""
     n, flat = entries(y), only_real(y).reshape(len(y), -1)
-    return flat.mean(1) if isinstance(n, int) else flat.sum(1) / n
+    return flat.mean(1) if isinstance(n, int) else (flat.sum(1, dtype=n.dtype) / n).to(y.dtype)
+
+
+def first_entry(x: Tensor) -> Tensor:
+    """The first real entry of each of the samples asked for, (b,)."""
+    padding, flat = _padding.get(), x.reshape(len(x), -1)
+    if padding is None:
+        return flat[:, 0]
+    here = _asked.get()
+    real = padding.real if here is None else padding.real[here[0].to(padding.real.device)]
+    return flat.gather(1, real.reshape(len(x), -1).int().argmax(1, keepdim=True).to(x.device))[:, 0]

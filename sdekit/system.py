@@ -196,16 +196,17 @@ class System:
     def __repr__(self) -> str:
         """The class, and the arguments that it was made with, as far as it keeps them under their names."""
         known = ((name, vars(self).get(name)) for name in inspect.signature(type(self)).parameters)
-        return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in known if v is not None)})"
+        return f"{type(self).__name__}({', '.join(f'{k}={shown(v)}' for k, v in known if v is not None)})"
 
     def settle(self) -> None:
         """Told after a loop, to raise what was not worth waiting for the device at every step."""
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor) and value.numel() > 8:
-        return f"<tensor {tuple(value.shape)}>"
-    plain = isinstance(value, int | float | str | Tensor | System)
+def shown(value: Any) -> str:
+    """A value as it is printed among the arguments of what was made with it."""
+    if isinstance(value, Tensor):
+        return f"<tensor {tuple(value.shape)}>" if value.numel() > 4 else str(value.tolist())
+    plain = isinstance(value, int | float | str | System)
     return repr(value) if plain else getattr(value, "__qualname__", type(value).__name__)
 
 

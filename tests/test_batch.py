@@ -1,6 +1,7 @@
 """Padded samples: each is what it would be alone, without its padding, whatever is done with it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from sdekit import (
     sde_sample,
     solve,
 )
+from sdekit.batch import Padding, event_mean, padded
+from sdekit.posterior import Observation, posterior_score
 from sdekit.system import System
 
 N, D = 6, 2
@@ -93,34 +96,34 @@ def same(x, singles, atol=1e-9):
 def test_every_sampler(name):
     """Noise, first step and denoising included; what a network says of the padding, NaN, reaches nobody."""
     sde = VPSDE()
-    padded, score = both(sde)
+    padded_score, score = both(sde)
 
     def draw(score, shape, **how):
         return sample(sde, score, shape, name, steps=8, seed=3, **F64, **how)
 
-    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+    same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
 
 
 @pytest.mark.parametrize("sde", [VESDE(sigma_max=10.0), flow(), PoissonFlow(8.0, T=10.0)])
 def test_every_process(sde):
     """The prior is that of as many numbers as are real: Student's in so many dimensions for a Poisson flow."""
-    padded, score = both(sde)
+    padded_score, score = both(sde)
     for how in ({"sampler": "unipc_2", "nfe": 9}, {"sampler": "heun", "nfe": 8, "denoise": False}):
 
         def draw(score, shape, how=how, **rest):
             return sample(sde, score, shape, seed=5, **how, **F64, **rest)
 
-        same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+        same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
 
 
 @pytest.mark.parametrize("method", ["adams", "flow_rk45", "rk45", "rk23"])
 def test_errors_are_those_of_what_is_real(method):
     """Steps too: a norm over the padding would be too small, most of all for the sample of one point."""
     sde = VPSDE()
-    padded, score = both(sde)
+    padded_score, score = both(sde)
     x_T = Noise(torch.empty(B, N, D, **F64), 1, mask=MASK).normal()
     grid = [sde.T, sde.t_min]
-    together = solve(sde.probability_flow(padded), x_T, grid, method, mask=MASK, denoise=True)
+    together = solve(sde.probability_flow(padded_score), x_T, grid, method, mask=MASK, denoise=True)
     singles = [solve(sde.probability_flow(score), x_T[i][MASK[i]][None], grid, method, denoise=True) for i in range(B)]
     same(together.x, [one.x[0] for one in singles])
     assert together.nfe_per_sample.tolist() == [int(one.nfe_per_sample) for one in singles]
@@ -129,23 +132,23 @@ def test_errors_are_those_of_what_is_real(method):
     def draw(score, shape, **how):
         return ode_sample(sde, score, shape, method=method, seed=3, **F64, **how)
 
-    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+    same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
 
 
 def test_adaptive_noise():
     """Also on a Brownian path, whose tree is each sample's own."""
     sde = VPSDE()
-    padded, score = both(sde)
+    padded_score, score = both(sde)
 
     def draw(score, shape, **how):
         return sde_sample(sde, score, shape, seed=3, **F64, **how)
 
-    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+    same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
 
     def correct(score, shape, **how):
         return pc_sample(sde, score, shape, steps=12, seed=3, corrector="hamiltonian", **F64, **how)
 
-    same(correct(padded, (B, N, D), mask=MASK), alone(correct, score))
+    same(correct(padded_score, (B, N, D), mask=MASK), alone(correct, score))
 
 
 @pytest.mark.parametrize("predicts", ["eps", "v"])
@@ -154,11 +157,11 @@ def test_adaptive_noise():
 def test_likelihood(options, make, predicts):
     """Every number of it, though the network says something of the padding that depends on it."""
     sde = make()
-    padded, score = both(sde, 7.0, predicts)
+    padded_score, score = both(sde, 7.0, predicts)
     how = {"seed": 1, "rtol": 1e-4, "atol": 1e-4, **options}
     x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
     filled = torch.where(MASK[..., None], x, 3.0)  # what lies in the padding does not matter
-    found = log_likelihood(sde, padded, filled, mask=MASK, **how)
+    found = log_likelihood(sde, padded_score, filled, mask=MASK, **how)
     for i, mask in enumerate(MASK):
         one = log_likelihood(sde, score, x[i][mask][None], ids=[i], **how)
         for name in (
@@ -167,10 +170,10 @@ def test_likelihood(options, make, predicts):
         ):  # fmt: skip
             got, alone = (float(getattr(y, name)[k]) for y, k in ((found, i), (one, 0)))
             assert got == pytest.approx(alone, abs=1e-8, nan_ok=True), name
-    drawn, there = sample_with_log_prob(sde, padded, (B, N, D), mask=MASK, **how, **F64)
+    drawn, there = sample_with_log_prob(sde, padded_score, (B, N, D), mask=MASK, **how, **F64)
     assert (drawn[~MASK] == 0).all()
     torch.testing.assert_close(
-        there.log_prob, log_likelihood(sde, padded, drawn, mask=MASK, **how).log_prob, rtol=0, atol=2e-2
+        there.log_prob, log_likelihood(sde, padded_score, drawn, mask=MASK, **how).log_prob, rtol=0, atol=2e-2
     )
 
 
@@ -247,16 +250,16 @@ def test_guidance_and_thresholds_measure_what_is_real():
 
 def test_start_and_calibration():
     sde = VPSDE()
-    padded, score = both(sde)
+    padded_score, score = both(sde)
     x_T = Noise(torch.empty(B, N, D, **F64), 1, mask=MASK).normal()
-    x = sample(sde, padded, (B, N, D), nfe=8, x_T=torch.where(MASK[..., None], x_T, 5.0), mask=MASK)
+    x = sample(sde, padded_score, (B, N, D), nfe=8, x_T=torch.where(MASK[..., None], x_T, 5.0), mask=MASK)
     same(x, [sample(sde, score, (1, n, D), nfe=8, x_T=x_T[i][MASK[i]][None])[0] for i, n in enumerate(COUNTS)])
     fitted = calibrate(sde, score, (4, 3, D), nfe=5, seed=0, noises=16, batch=8, iterations=3)
 
     def draw(score, shape, **how):
         return sample(sde, score, shape, fitted, seed=3, **F64, **how)
 
-    same(draw(padded, (B, N, D), mask=MASK), alone(draw, score))
+    same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
 
 
 @settings(max_examples=25)
@@ -295,9 +298,9 @@ def test_noise(counts, d, seed):
     ],
 )
 def test_masks_that_are_refused(mask, message):
-    padded, _ = both(VPSDE())
+    padded_score, _ = both(VPSDE())
     with pytest.raises((TypeError, ValueError), match=message):
-        sample(VPSDE(), padded, (B, N, D), nfe=5, mask=mask)
+        sample(VPSDE(), padded_score, (B, N, D), nfe=5, mask=mask)
 
 
 def test_what_takes_no_mask():
@@ -309,7 +312,7 @@ def test_what_takes_no_mask():
         sample(BridgeSDE(torch.zeros(N, D), 1.3), score, (B, N, D), nfe=5, mask=MASK)
     x, flow = torch.zeros(B, N, D), VPSDE().probability_flow(score)
     for method in ("torchdiffeq:dopri5", "scipy:RK45"):
-        with pytest.raises(ValueError, match="mask are not known to"):
+        with pytest.raises(ValueError, match="mask is not known to .*: use adams"):
             solve(flow, x, [1.0, 0.5], method, mask=MASK)
     with pytest.raises(ValueError, match="the same mask"):
         solve(flow, x, [1.0, 0.5], "ancestral", noise=Noise(x, 0), mask=MASK)
@@ -318,14 +321,132 @@ def test_what_takes_no_mask():
 def test_a_mask_that_broadcasts():
     """(B, N, 1) and (B, N, D) say the same as (B, N); for channels first it is (B, 1, N)."""
     sde = VPSDE()
-    padded, _ = both(sde)
+    padded_score, _ = both(sde)
     whole = MASK[..., None].expand(B, N, D)
-    x, y, z = (sample(sde, padded, (B, N, D), nfe=6, seed=0, mask=m) for m in (MASK, MASK[..., None], whole))
+    x, y, z = (sample(sde, padded_score, (B, N, D), nfe=6, seed=0, mask=m) for m in (MASK, MASK[..., None], whole))
     assert torch.equal(x, y)
     assert torch.equal(x, z)
     first = as_score(lambda x, t: 0.5 * x, sde, "eps")
     out = sample(sde, first, (B, D, N), nfe=6, seed=0, mask=MASK[:, None])
     assert torch.equal(out != 0, MASK[:, None].expand(B, D, N))
+
+
+def test_posterior_scores_see_what_is_real():
+    """What a model says of the padding, and how it leans on it, is no part of A x_0."""
+    sde = VPSDE()
+    _, score = both(sde, 7.0)
+
+    def draw(model, shape, mask=None, method="mmps", **how):
+        seen = Observation(torch.tensor([0.3, -0.4], **F64), lambda x: x.sum(1), 0.5)
+        given = score if mask is None else score.given(mask)
+        made = posterior_score(sde, given, seen, method=method)
+        return sample(sde, made, shape, nfe=9, seed=3, mask=mask, **F64, **how)
+
+    for method in ("mmps", "dps", "pigdm"):
+        same(draw(None, (B, N, D), MASK, method), alone(partial(draw, method=method), None), atol=1e-7)
+
+
+def test_gradients_through_checkpoints_are_those_without():
+    """What is made again for a gradient knows what was real."""
+    sde = VPSDE()
+    grown = torch.tensor(1.0, requires_grad=True, **F64)
+
+    def pulled(x, t, mask, towards):
+        return grown * network(sde, 9.0)(x, t, mask) - 0.4 * towards
+
+    guided = classifier_free(as_score(pulled, sde, "eps"), (MASK, 1.0), (MASK, 0.0), 3.0, rescale=0.7)
+    clipped = dynamic_threshold(sde, guided, (-0.5, 0.5), percentile=0.6)
+    found = []
+    for way in (True, "checkpoint"):
+        x = sample(sde, clipped, (B, N, D), nfe=5, seed=2, mask=MASK, differentiable=way, **F64)
+        found.append(torch.autograd.grad(x.square().sum(), grown)[0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision(dtype):
+    """Neither overflow nor the rounding of a long sum."""
+    y = torch.ones(2, 70_000, dtype=dtype)
+    mask = torch.ones(2, 70_000, dtype=torch.bool)
+    with padded(Padding.of(mask, y.shape, None)):
+        assert torch.equal(event_mean(y), torch.ones(2, dtype=dtype))
+    assert torch.equal(event_mean(y), torch.ones(2, dtype=dtype))
+
+
+class Own(VPSDE):
+    """With a prior of its own, in terms of points."""
+
+    def prior_sample(self, shape, **how):
+        assert tuple(shape)[2:] == (D,)
+        return super().prior_sample(shape, **how) * torch.tensor([1.0, 2.0], **F64)
+
+    def prior_log_prob(self, x):
+        assert x.shape[2:] == (D,)
+        return (-0.5 * (x / torch.tensor([1.0, 2.0])).square() - math.log(2 * math.pi) / 2).sum((1, 2)) - x.shape[
+            1
+        ] * math.log(2.0)
+
+
+def test_a_prior_of_ones_own_is_asked_of_points():
+    """It gets (b, n, d), not numbers in a row."""
+    sde = Own()
+    padded_score, score = both(sde, 7.0)
+
+    def draw(score, shape, **how):
+        return sample(sde, score, shape, nfe=6, seed=3, **F64, **how)
+
+    same(draw(padded_score, (B, N, D), mask=MASK), alone(draw, score))
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    found = log_likelihood(sde, padded_score, x, mask=MASK).log_prob
+    for i, mask in enumerate(MASK):
+        one = log_likelihood(sde, score, x[i][mask][None]).log_prob
+        assert float(found[i]) == pytest.approx(float(one), abs=1e-8)
+
+
+def test_a_poisson_flow_takes_its_lengths_from_what_is_real():
+    """The first number of a sample makes its length: not that of the padding, which is 0."""
+    sde, like = PoissonFlow(2.0), torch.empty(B, N, D, **F64)
+    with padded(Padding.of(MASK, like.shape, sde)):
+        eps = sde.unit_noise(Noise(like, 1, mask=MASK).normal)
+    for i, n in enumerate(COUNTS):
+        one = sde.unit_noise(Noise(torch.empty(1, n, D, **F64), 1, [i]).normal)
+        assert torch.equal(eps[i][MASK[i]], one[0])
+
+
+def test_a_padded_call_within_another_run():
+    """A score that draws padded samples itself, in an adaptive run whose samples leave one by one."""
+    sde = VPSDE()
+    inner, _ = both(sde)
+    drawn = []
+
+    def nested(x, t):
+        drawn.append(sample(sde, inner, (B, N, D), nfe=5, seed=0, mask=MASK, **F64))
+        a, s = (y.reshape(-1, 1) for y in (sde.alpha(t), sde.sigma(t)))
+        return -x / (a**2 * torch.linspace(0.01, 4, 3, **F64) + s**2)
+
+    ode_sample(sde, nested, (6, 3), method="rk45", seed=1, rtol=1e-2, atol=1e-2, **F64)
+    assert all(torch.equal(x, drawn[0]) for x in drawn)
+
+
+def test_what_lies_in_the_padding_may_be_nan():
+    sde = VPSDE()
+    padded_score, _ = both(sde, 7.0)
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    spoilt = torch.where(MASK[..., None], x, torch.nan)
+    for y in (x, spoilt):
+        found = log_likelihood(sde, padded_score, y, mask=MASK, rtol=1e-2, atol=1e-2).log_prob
+        assert torch.isfinite(found).all()
+    assert torch.isfinite(sample(sde, padded_score, x.shape, nfe=5, x_T=spoilt, mask=MASK)).all()
+    with pytest.raises(ValueError, match="x holds 24 non-finite values"):
+        log_likelihood(sde, padded_score, spoilt)
+
+
+def test_another_mask_for_the_noise_is_refused():
+    x, flow = torch.zeros(B, N, D), VPSDE().reverse(both(VPSDE())[0])
+    other = Noise(x, 0, mask=MASK.roll(1, 0))
+    with pytest.raises(ValueError, match="the same mask"):
+        solve(flow, x, [1.0, 0.5], "euler_maruyama", noise=other, mask=MASK)
+    solve(flow, x, [1.0, 0.5], "euler_maruyama", noise=Noise(x, 0, mask=MASK.clone()), mask=MASK)
 
 
 def test_in_inference_mode():

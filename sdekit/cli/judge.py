@@ -27,6 +27,7 @@ def check_flags(parser: argparse.ArgumentParser) -> None:
     """Of which data, how long, and where to."""
     parser.add_argument("checkpoint", type=Path, help=MODEL)
     parser.add_argument("--data", help="as in sdekit train (default: what the checkpoint was trained on)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out the images that cannot be read")
     parser.add_argument("--samples", type=int, default=128, help="of the data, that the model is asked of")
     parser.add_argument("--batch", type=int, default=64, help="of a network call")
     parser.add_argument("--no-search", action="store_true", help="do not look for what else the network may be")
@@ -51,7 +52,7 @@ def run_check(options: argparse.Namespace) -> bool:
     size, channels = (
         (event[-1], event[0]) if is_image_folder(config.data) and event and len(event) == 3 else (None, None)
     )
-    data = load_data(config.data, size=size, channels=channels, skip_bad=config.skip_bad)
+    data = load_data(config.data, size=size, channels=channels, skip_bad=config.skip_bad or options.skip_bad)
     if event is not None and data.event != event:
         raise ValueError(f"{config.data} holds items {data.event}, and {options.checkpoint} is of {event}")
     # Some of all of them: the first may be of a class alone.

@@ -20,6 +20,7 @@ from sdekit.training.distributed import Ranks
 from sdekit.training.networks import NETWORKS
 from sdekit.training.objectives import OBJECTIVES, Objective, denoising, edm, variational
 from sdekit.training.pictures import save_grid
+from sdekit.training.state import states
 from sdekit.training.trainer import train
 
 
@@ -44,10 +45,16 @@ def run_train(options: argparse.Namespace) -> None:
     sde = make(**config.process_args)
     if config.predicts in BLIND and float(sde.alpha(sde.T)) == 0:
         raise ValueError(zero_signal(sde, config.predicts))
+    if (kept := out / "score.safetensors").is_file() and not states(out):
+        raise FileExistsError(
+            f"{kept} is of a run whose states are gone, and would be written over: choose another --out; --init {kept} "
+            "begins with its weights"
+        )
     network = build_network(_network(config, data), sde, seed=config.seed)
     if ranks.first:
         weights = sum(w.numel() for w in network.parameters())
-        print(f"{len(data.items)} items {data.event}{data.left_out}, {weights:,} weights")  # type: ignore[arg-type]
+        levels = "" if data.levels is None else f" of {data.levels:,} levels"
+        print(f"{len(data.items)} items {data.event}{levels}{data.left_out}, {weights:,} weights")  # type: ignore[arg-type]
 
     def save(step: int, averaged: nn.Module) -> None:
         save_checkpoint(

@@ -74,6 +74,7 @@ def nll_flags(parser: argparse.ArgumentParser) -> None:
     """Of which data, and how exactly."""
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", help="as in sdekit train (default: what the checkpoint was trained on)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out the images that cannot be read")
     parser.add_argument("--skip", type=int, default=0, help="the first item's number; those before are left out")
     parser.add_argument("--number", type=int, default=128, help="how many items")
     parser.add_argument("--probes", type=int, default=4, help="Hutchinson's, 0 for the exact divergence")
@@ -88,7 +89,9 @@ def run_nll(options: argparse.Namespace) -> None:
     event = event_of(score, options.checkpoint)
     config = Config.read(options.checkpoint) if options.data is None else Config(data=options.data)
     size, channels = (event[-1], event[0]) if is_image_folder(config.data) and len(event) == 3 else (None, None)
-    whole = load_data(config.data, size=size, channels=channels, skip_bad=config.skip_bad)  # items as in training
+    whole = load_data(
+        config.data, size=size, channels=channels, skip_bad=config.skip_bad or options.skip_bad
+    )  # items as in training
     data = whole.part(options.skip, options.number)
     if (data.event, data.levels, data.data_range) != (event, score.levels, score.data_range):
         raise ValueError(

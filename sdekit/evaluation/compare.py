@@ -56,6 +56,7 @@ def compare(
     these are given, else sliced 2-Wasserstein; it takes hundreds of samples to tell good rows apart, and
     ``floor`` is what two sets of the flow's samples have.
     ``nfe``: budgets. ``samplers``: others to compare, by name: a rule of your own, a calibration.
+    Every entry of a sample counts, so padded ones are not for it: take a shape without padding.
     It says nothing of the model, which :func:`sdekit.check_score` does: an error of its flow is no error here.
 
     Raises ValueError or TypeError that names the argument, and FloatingPointError for a score that is not finite.

@@ -10,7 +10,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.batch import Padding, entries, only_real, padded, unpadded
+from sdekit.batch import Padding, entries, padded, real_state, unpadded
 from sdekit.likelihood.density import Density, Divergence, column, make_divergence
 from sdekit.models.derived import Whitened
 from sdekit.processes.reverse import Reverse
@@ -24,7 +24,7 @@ from sdekit.system import Score, expand
 _MAX_NFE = 5_000  # a flow that needs more runs away
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Likelihood:
     """Log densities of a batch and what they may be off by, all (B,) and in nats.
 
@@ -49,6 +49,10 @@ class Likelihood:
     nfe: int
     nfe_per_sample: Tensor
     probes: int
+
+    def __repr__(self) -> str:
+        y = self.corrected.double()
+        return f"Likelihood({len(y)} samples, corrected log p {float(y.mean()):.6g} on average, nfe={self.nfe})"
 
     @property
     def corrected(self) -> Tensor:
@@ -109,8 +113,8 @@ def log_likelihood(
     _checks.instance(sde)
     if not isinstance(differentiable, bool):
         raise ValueError(f"differentiable must be True or False, got {differentiable!r}")
-    x = _checks.state(x)
-    x, padding = x if differentiable else x.detach(), Padding.of(mask, x.shape, sde)
+    x, padding = real_state(x, mask, sde)
+    x = x if differentiable else x.detach()
     make = make_divergence(x, divergence, probes, seed, ids, padding)
     with torch.set_grad_enabled(differentiable), padded(padding):
         return _solve(sde, score, x, True, make, rtol, atol, prior_log_prob, differentiable, progress)[1]
@@ -172,7 +176,7 @@ def _solve(
             return _solve(sde, score, x.clone(), forwards, divergence, rtol, atol, prior_log_prob, graph, progress)
     b, d = x.shape[0], x[0].numel()
     here, there = (sde.t_min, sde.T) if forwards else (sde.T, sde.t_min)
-    x, real = only_real(x), entries(x)
+    real = entries(x)
     given, x = x, sde.centre(x, here)  # of a process with a mean of its own, all is done without it
     system = sde.probability_flow(score)
     system.prepare([sde.t_min, sde.T], x)

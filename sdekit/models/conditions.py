@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdekit.batch import asked
-from sdekit.system import ordinary
+from sdekit.system import holds, ordinary, shown
 
 Chosen = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -26,6 +26,10 @@ class Conditions:
         args = tuple(torch.tensor(int(a)) if is_whole else a for a, is_whole in zip(args, whole, strict=True))
         self.all: Chosen = mapped(ordinary, (args, kwargs))
         self._last: tuple[Any, Any, Any] = (None, None, None)  # those of the samples last asked for
+
+    def __repr__(self) -> str:
+        args, kwargs = self.all
+        return ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
 
     def of(self, x: Tensor) -> Chosen:
         """Those of the samples that x are, on x's device. ValueError where none fits the batch though one should."""
@@ -72,6 +76,22 @@ def mapped(f: Callable[[Tensor], Any], y: Any) -> Any:
         parts = [mapped(f, value) for value in y]
         return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)
     return y
+
+
+def padding_in(score: Any, data: Tensor) -> Tensor | None:
+    """A condition that is a mask of padded data, it seems: bool, of their first axes, and all they hold there is 0."""
+    conditions, found = getattr(score, "conditions", None), []
+
+    def look(y: Tensor) -> None:
+        form = (*y.shape, *(1,) * (data.ndim - y.ndim))
+        fits = all(m in (1, n) for m, n in zip(form, data.shape, strict=False))
+        mask = y.dtype is torch.bool and 1 < y.ndim <= data.ndim and fits and not holds(y)
+        if mask and holds((data == 0) | y.reshape(form).to(data.device)):
+            found.append(y)
+
+    if conditions is not None:
+        mapped(look, conditions.all)
+    return found[0] if found else None
 
 
 class ApartError(ValueError):

@@ -31,6 +31,9 @@ class Derived:
         self.levels: int | None = getattr(score, "levels", None)
         self.score = score
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inside!r})"
+
     @property
     def device(self) -> torch.device | None:
         """Where the network's weights are, if the score inside tells."""

@@ -47,6 +47,10 @@ class GaussianMixture:
         self._frames = u.transpose(0, 1).flatten(1)
         self._turned = (means.unsqueeze(1) @ u).squeeze(1)
 
+    def __repr__(self) -> str:
+        k, d = self.means.shape
+        return f"GaussianMixture({k} in {d} dimensions)"
+
     @property
     def covs(self) -> Tensor:
         """Covariances (K, D, D)."""
@@ -184,6 +188,9 @@ class MixtureScore:
         elif not sde.diffuses:
             require_white(sde, "the score of a mixture")
         self.mixture, self.sde = mixture, sde
+
+    def __repr__(self) -> str:
+        return f"{self.mixture!r}.score({self.sde!r})"
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """grad log p_t, like x; K grad log p_t of a process with correlated noise."""

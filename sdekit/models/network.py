@@ -150,7 +150,7 @@ class NetworkScore:
         return out if out.dtype is x.dtype else out.to(x.dtype)
 
     def __repr__(self) -> str:
-        given = "" if self.conditions is None else ".given(...)"
+        given = "" if self.conditions is None else f".given({self.conditions!r})"
         name = getattr(self.network, "__qualname__", type(self.network).__name__)
         return f"as_score({name}, {self.sde!r}, predicts={self.predicts!r}){given}"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.models.derived import Under
 from sdekit.processes.sde import SDE
-from sdekit.system import Time, as_time, expand
+from sdekit.system import Time, as_time, expand, shown
 
 _NUMBERS = 2**24  # differences that are held at a time
 
@@ -25,6 +25,9 @@ class PointSet:
     def __init__(self, points: Tensor) -> None:
         self.points = _checks.state(points, "points").detach().double()
 
+    def __repr__(self) -> str:
+        return f"PointSet({shown(self.points)})"
+
     def score(self, sde: SDE) -> "PointScore":
         """The exact model: as one it predicts x_0, called as (x, t) it is -E[eps|x_t]/sigma."""
         return PointScore(self, sde)
@@ -38,6 +41,9 @@ class PointScore:
     def __init__(self, points: PointSet, sde: SDE) -> None:
         _checks.instance(sde)
         self.points, self.sde = points.points, sde
+
+    def __repr__(self) -> str:
+        return f"PointSet({shown(self.points)}).score({self.sde!r})"
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """(alpha E[x_0|x] - x)/sigma^2, like x."""

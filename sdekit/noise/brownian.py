@@ -66,7 +66,7 @@ class BrownianPath(Noise):
         self._sizes: list[tuple[Any, BrownianPath]] = []  # padded samples of one size: who, and their paths without it
         if self.padding is not None:
             for rows, where in self.padding.groups:
-                some = like.new_empty(len(rows), len(where) // len(rows))
+                some = like.new_empty(self.padding.alone(rows, where))
                 path = BrownianPath(some, self._seed, [self._ids[i] for i in rows], start=start, end=end)
                 self._sizes.append((np.asarray(rows), path))
         span = self._high - self._low

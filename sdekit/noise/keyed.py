@@ -71,11 +71,11 @@ class Noise:
         self._share = max(1, _SHARE // max(1, self._event.numel()))
         self._who, self._ids, self._seed = f"{purpose} {seed}", ids, seed
         self.padding = Padding.of(mask, like.shape, self)
-        self._parts: dict[int, Noise] = {}  # of the samples of one size, by that
+        self._parts: dict[torch.Size, Noise] = {}  # of the samples of one size, by their shape
         if self.padding is not None:
             for rows, where in self.padding.groups:
-                part, n = [ids[i] for i in rows], len(where) // len(rows)
-                self._parts[n] = Noise(like.new_empty(len(rows), n), seed, part, purpose=purpose)
+                some = like.new_empty(self.padding.alone(rows, where))
+                self._parts[some.shape] = Noise(some, seed, [ids[i] for i in rows], purpose=purpose)
         self.enter(0.0, 0.0)
 
     @functools.cached_property
@@ -103,7 +103,7 @@ class Noise:
         """The next standard normal tensor of the interval, (B, *event); L times one where there is a ``root``."""
         if self.padding is not None:
             like = torch.empty(self.shape, dtype=self.dtype, device=self._device)
-            return self.padding.spread(lambda rows, n: self._parts[n].normal(), like)
+            return self.padding.spread(lambda rows, shape: self._parts[shape].normal(), like)
         place = struct.pack("<ddq", *self._interval, self._drawn)
         self._drawn += 1
         chunks = len(self._streams.keys)

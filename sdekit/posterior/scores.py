@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import only_real
 from sdekit.models.derived import Derived, columns, fitting, leaf
 from sdekit.models.guided import each
 from sdekit.posterior.local import NO_GRADIENT, Local, conjugate_gradients
@@ -87,7 +88,7 @@ def _pigdm(local: Local, dense: bool, r2: float) -> tuple[Tensor, Tensor]:
     v = v if isinstance(v, float) else v.reshape(len(v), *(1,) * (local.x_0.ndim - 1))
     small = torch.finfo(local.off.dtype).eps ** 0.5
     n = min(local.off.shape[1], 500)
-    w = conjugate_gradients(lambda p: p + local.seen(v * local.back(p)), local.off, n, small)
+    w = conjugate_gradients(lambda p: p + local.seen(only_real(v * local.back(p))), local.off, n, small)
     return local.covary(local.back(w)), -0.5 * (local.off * w).sum(1)
 
 
@@ -165,7 +166,7 @@ class PosteriorScore(Derived):
             out = ask(self.inside, y, time, inside).to(x.dtype)
             if not out.requires_grad:
                 raise ValueError(NO_GRADIENT)
-            mean = a * out + b * y
+            mean = only_real(a * out + b * y)
         return Local(self.observation, y, out, mean, numbers, graph), back
 
     def pull(self, x: Tensor, time: Tensor, ready: Any, ahead: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.processes.law import digest, require_white
 from sdekit.processes.sde import SDE
-from sdekit.system import Time
+from sdekit.system import Time, shown
 
 
 class CorrelatedSDE(SDE):
@@ -35,6 +35,7 @@ class CorrelatedSDE(SDE):
         log_det: float | None = None,
     ) -> None:
         _checks.instance(sde)
+        self._of = f"{sde!r}, covariance" if root is None else f"{sde!r}, root={shown(root)}"
         if (covariance is None) == (root is None):
             raise ValueError("give covariance, the matrix K, or root, a callable L with K = L L'; and not both")
         require_white(sde, "CorrelatedSDE")
@@ -85,6 +86,9 @@ class CorrelatedSDE(SDE):
     def law(self) -> tuple[Any, ...]:
         """L: its matrix's digest, or the callable."""
         return ("root", self._digest or getattr(self.root, "function", self.root))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._of})"
 
     def alpha(self, t: Tensor) -> Tensor:
         """That of the process inside."""

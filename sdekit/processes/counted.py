@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sdekit.batch import asked, asking, only_real, padding_now
+from sdekit.batch import asked, asking, only_real, padded, padding_now
 from sdekit.system import ordinary
 
 
@@ -145,10 +145,10 @@ class MoreCallsError(RuntimeError):
 
 def remade(model: Model) -> Callable[..., Tensor]:
     """Its output, with a graph that is not kept but made again when a gradient needs it."""
-    here = asked()
+    here, padding = asked(), padding_now()
 
     def again(*args: Any) -> Tensor:  # perhaps in a thread of autograd's, which knows no context
-        with asking(here):
+        with padded(padding), asking(here):
             return model.output(*args)
 
     return partial(checkpoint, again, use_reentrant=False)

@@ -9,6 +9,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from sdekit.batch import first_entry
 from sdekit.processes.gaussian import HeatODE
 from sdekit.system import Time, as_time
 
@@ -43,7 +44,7 @@ class PoissonFlow(HeatODE):
         z, w = normal(), normal()
         if math.isinf(self.D):
             return z
-        first = w.reshape(len(w), -1)[:, 0].double().cpu().numpy()
+        first = first_entry(w).double().cpu().numpy()
         # chi^2_D at the normal's own probability, the smaller tail of it so that neither loses digits
         low, high = special.ndtr(first), special.ndtr(-first)
         half = torch.from_numpy(

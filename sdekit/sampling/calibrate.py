@@ -72,6 +72,7 @@ def calibrate(
     ``start_error`` are theirs.
 
     The grid of Watson et al. 2021 and Tong et al. 2024 and the weights of Shaul et al. 2024 (BNS), in one.
+    Every entry counts, those of padded samples too: fit on samples of one size, and use it for all.
     Raises ValueError or TypeError that names the argument, FloatingPointError for a score that is not finite.
     """
     if torch.is_inference_mode_enabled():

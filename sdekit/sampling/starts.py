@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.batch import Padding
+from sdekit.batch import Padding, real_state
 from sdekit.processes.kinds import Kind, express
 from sdekit.processes.reverse import Reverse, combine
 from sdekit.processes.sde import SDE
@@ -57,15 +57,14 @@ def state(
             return sde.prior_sample(size, seed=seed, device=device, dtype=dtype, t=t, ids=ids)
         who = _checks.ids(ids, size[0])
 
-        def draw(rows: list[int], n: int) -> Tensor:
+        def draw(rows: list[int], shape: torch.Size) -> Tensor:
             some = [who[i] for i in rows]
-            return sde.prior_sample((len(rows), n), seed=seed, device=device, dtype=dtype, t=t, ids=some)
+            return sde.prior_sample(shape, seed=seed, device=device, dtype=dtype, t=t, ids=some)
 
         return padding.spread(draw, torch.empty(size, device=device, dtype=dtype))
-    if _checks.state(x_T, "x_T").shape != size:
+    if isinstance(x_T, Tensor) and x_T.shape != size:
         raise ValueError(f"x_T must have the shape asked for, {tuple(size)}, got {tuple(x_T.shape)}")
-    x_T = x_T.to(device=device, dtype=dtype)
-    return x_T if padding is None else padding.only(x_T)
+    return real_state(x_T, padding, sde, "x_T")[0].to(device=device, dtype=dtype)
 
 
 # A flow's state shrinks by a few per cent above the data. Programs that hand their noise to the network as it is (the

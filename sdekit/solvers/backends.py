@@ -72,12 +72,16 @@ class _Flat:
         self.system, self.shape, self.ends, self.sde_type = system, like.shape, (t, s), sde_type
         self.noise_type = "general" if system.noise_type == "general" else "diagonal"  # its additive wants a matrix
         self.sign = 1.0 if s > t else -1.0
+        self._last: tuple[Tensor | None, float, Tensor] = (None, 0.0, like)
 
     def _t(self, tau: Tensor) -> float:
         return _inside(self.ends[0] + self.sign * float(tau), self.ends)
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
-        return self.sign * self.system.drift(y.reshape(self.shape), self._t(tau)).reshape(y.shape)
+        if y is not self._last[0] or float(tau) != self._last[1]:  # torchsde asks for the first drift twice, to see it
+            drift = self.system.drift(y.reshape(self.shape), self._t(tau))
+            self._last = y, float(tau), self.sign * drift.reshape(y.shape)
+        return self._last[2]
 
     def g(self, tau: Tensor, y: Tensor) -> Tensor:
         if not self.system.churn:
@@ -188,6 +192,8 @@ def run(
         path = [torch.full_like(x, torch.nan)] * len(kept)
         status, t, reason = "failed", float(grid[0]), str(error)
     system.settle()
+    if status == SUCCESS and not _checks.finite(path[-1]):  # of steps that the grid chose; others have given up
+        raise FloatingPointError(f"the state overflowed between t = {float(grid[0]):g} and {t:g}; take more steps")
     evaluations = system.nfe - nfe
     return Solution(
         x=path[-1],

@@ -12,7 +12,7 @@ from sdekit.batch import event_mean
 
 SUCCESS = "success"
 HINTS = {
-    "max_nfe": "the evaluation limit was reached before the end; raise rtol and atol, or solve's max_nfe",
+    "max_nfe": "the evaluation limit was reached before the end; raise rtol and atol",
     "step_underflow": "the step fell below what time can resolve; raise atol, or t_min, or use float64",
     "failed": "the back-end gave up",
 }
@@ -32,7 +32,7 @@ class Trajectory:
     x: Tensor
 
 
-@dataclass
+@dataclass(repr=False)
 class Solution:
     """The result of :func:`sdekit.solvers.solve`.
 
@@ -55,7 +55,11 @@ class Solution:
     status: list[str]
     trajectory: Trajectory | None = field(default=None, repr=False)
     error: Tensor | None = None
-    reason: str = ""  # a back-end's own words, where it gave up
+    reason: str = ""  # a back-end's own words, where it gave up; the limit that was given
+
+    def __repr__(self) -> str:
+        there = self.status.count(SUCCESS)
+        return f"Solution({there} of {len(self.status)} samples {tuple(self.x.shape[1:])} at the end, nfe={self.nfe})"
 
     @property
     def success(self) -> bool:

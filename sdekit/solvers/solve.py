@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
-from sdekit.batch import Padding, only_real, padded
+from sdekit.batch import Padding, only_real, padded, real_state
 from sdekit.noise.brownian import BrownianPath
 from sdekit.noise.keyed import Noise
 from sdekit.processes.reverse import Reverse
@@ -78,16 +78,16 @@ def solve(
     An adaptive method that stops early returns what it has, with a status per sample.
     Raises ValueError or TypeError for bad input, FloatingPointError for a non-finite score or state.
     """
-    x = _checks.state(x)
     without_graph(x, "x", differentiable)
+    x, padding = real_state(x, mask, system)
+    if differentiable and isinstance(method, str) and method.startswith("scipy:"):
+        raise ValueError(f"{method} has no gradients, which differentiable asks for: use adams or torchdiffeq:dopri5")
     if isinstance(system, Reverse):
         system.model.remake = differentiable == "checkpoint"
     elif differentiable == "checkpoint":
         raise ValueError('differentiable="checkpoint" needs a system of a model, such as sde.probability_flow(score)')
-    told, padding = callback, Padding.of(mask, x.shape, system)
+    told = callback
     with graph(differentiable), padded(padding):
-        if padding is not None and not torch.equal(x, only_real(x)):  # else x itself: an evaluation may have been at it
-            x = only_real(x)
         if system.shifted:  # it runs on x less a mean of the process's own
             x = system.centre(x, torch.as_tensor(grid, dtype=torch.float64).reshape(-1)[0])
             told = callback and (lambda k, t, y: callback(k, t, system.place(y, t)))
@@ -161,12 +161,14 @@ def _solve(
         if not fits or noise.dtype != x.dtype:
             made = f"{noise.dtype} {tuple(noise.shape)}"
             raise ValueError(f"noise must be made for x, {x.dtype} {tuple(x.shape)}, not for a tensor {made}")
-        if (noise.padding is None) != (padding is None):
+        if noise.padding is not padding and not (noise.padding and padding and noise.padding.same(padding)):
             raise ValueError("noise and solve must be given the same mask: Noise(x, seed, mask=mask)")
     if isinstance(method, str) and ":" in method:
         backend = _checks.lookup(backends.METHODS, method, "method")
-        if callback is not None or max_nfe is not None or progress or padding is not None:
-            raise ValueError(f"callback, max_nfe, progress and mask are not known to {method}; leave them out")
+        if callback is not None or max_nfe is not None or progress:
+            raise ValueError(f"callback, max_nfe and progress are not known to {method}; leave them out")
+        if padding is not None:
+            raise ValueError(f"mask is not known to {method}: use adams, rk45, adaptive_sra1 or a step rule")
         system.prepare(times.tolist(), x)
         solution = backends.run(backend, system, x, times, method, rtol=rtol, atol=atol, noise=noise, keep=keep)
         return _denoised(system, solution, float(times[-1])) if denoise else solution
@@ -194,6 +196,8 @@ def _solve(
             network_calls=system.network_calls,
         )  # fmt: skip
         system.settle()
+        if max_nfe is not None and "max_nfe" in solution.status:
+            solution.reason = f"max_nfe = {max_nfe}"
         return _denoised(system, solution, float(times[-1])) if denoise else solution
     if max_nfe is not None:
         raise ValueError("max_nfe limits an adaptive method; a step rule takes exactly the grid's steps")

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def write_tensors(
         held[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
         if name != LOSSES and not torch.isfinite(held[name]).all():
             raise ValueError(f"weight {name} is not finite in {kept}; train again, or save with dtype=torch.float32")
-    content = to_bytes(held, metadata={"format": form, "about": json.dumps(about)})
+    content = to_bytes(held, metadata={"format": form, "about": json.dumps(about), "crc32": _crc32(held)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -140,9 +141,12 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: _wide(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)} is truncated or no safetensors file: {error}") from error
+    if "crc32" in metadata and metadata["crc32"] != _crc32(stored):  # older files have none
+        raise ValueError(f"{os.fspath(path)} is damaged: its weights are not those that were written")
+    tensors = {name: _wide(tensor) for name, tensor in stored.items()}
     if metadata.get("format") != form:
         raise ValueError(f"{os.fspath(path)} has the format {metadata.get('format')!r}, not {form!r}")
     try:
@@ -152,6 +156,14 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any
     if not isinstance(about, dict):
         raise ValueError(f"{os.fspath(path)} has no readable description: a JSON object is needed, got {about!r:.60}")
     return about, tensors
+
+
+def _crc32(tensors: dict[str, Tensor]) -> str:
+    """A number that changes with any bit of them."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Data:
         _checks.count(skip, "skip", minimum=0)
         end = skip + _checks.count(number, "number of items")
         if end > len(self.items):  # type: ignore[arg-type]
-            raise ValueError(f"the data hold {len(self.items)} items, fewer than {end}")  # type: ignore[arg-type]
+            raise ValueError(f"the data hold {len(self.items)} items, fewer than skip + number = {end}")  # type: ignore[arg-type]
         whole = isinstance(self.items, Tensor)
         items = self.items[skip:end] if whole else torch.stack([self.items[i] for i in range(skip, end)])
         labels = None if self.labels is None else self.labels[skip:end]
@@ -113,7 +113,8 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 def _folder(path: Path, size: int | None, channels: int | None, skip_bad: bool) -> Data:
     # macOS puts what it knows of a.png into ._a.png
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))
+    found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))
+    files = sorted(p for p in found if p.is_file())
     if not files:
         raise ValueError(f"data: no images ({', '.join(sorted(SUFFIXES))}) in {path}")
     if size is None:

@@ -113,11 +113,20 @@ TIMES: dict[str, Callable[[SDE], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def doubts(sde: Any, predicts: str, times: Callable[[Tensor], Tensor], std: float) -> list[str]:
-    """What of process, prediction and times is likely to end in wrong samples without a word; data of this ``std``."""
+def doubts(
+    sde: Any, predicts: str, times: Callable[[Tensor], Tensor] | None, std: float = 1.0, mean: float = 0.0
+) -> list[str]:
+    """What is likely to end in wrong samples without a word, of data of this standard deviation and mean."""
     if not hasattr(sde, "alpha"):
         return []
     found, std = [], std if std > 0 else 1.0  # of one number it is NaN
+    if std > 8 or std < 0.05 or abs(mean) > 8:
+        found.append(
+            f"the data's mean is {mean:.3g} and their standard deviation {std:.3g}, and processes and networks are "
+            "made for about 0 and 1: scale the data, and the samples back"
+        )
+    if times is None:  # of the caller's own, who knows
+        return found
     t = times((torch.arange(2048, dtype=torch.float64) + 0.5) / 2048)
     r = torch.exp(-sde.half_log_snr(t))
     top = float(torch.exp(-sde.half_log_snr(sde.T)))

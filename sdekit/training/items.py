@@ -12,7 +12,9 @@ from sdekit import _checks
 from sdekit.batch import Padding
 from sdekit.training.draws import Order
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_WHOLE = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Dataset[Any], tuple[Tensor, ...]]:
@@ -30,7 +32,7 @@ def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Datas
         )
     if len(data) == 0:
         raise ValueError(f"data must hold at least one item, got an empty {type(data).__name__}")
-    data = _checks.state(data, "data") if isinstance(data, Tensor) else data
+    data = _floating(data) if isinstance(data, Tensor) else data
     if labels is None:
         return data, ()
     given = tuple(labels) if isinstance(labels, tuple | list) else (labels,)
@@ -91,18 +93,34 @@ def batches(
         collate_fn=_together,
     )  # fmt: skip
     for x0, *rest in loader:
-        yield there(_checks.state(x0, "data")), tuple(map(there, _fit(tuple(rest), classes)))
+        yield there(_floating(x0)), tuple(map(there, _fit(tuple(rest), classes)))
+
+
+def _floating(x: Tensor) -> Tensor:
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"data must be a floating tensor of about unit size, got {x.dtype}: scale levels to [-1, 1], bytes by "
+            "x.float() / 127.5 - 1"
+        )
+    return _checks.state(x, "data")
 
 
 def _fit(conditions: tuple[Tensor, ...], classes: int | None) -> tuple[Tensor, ...]:
     """The conditions, a class label in int64. ValueError for a label out of range, and for what is not finite."""
     place, fit = label_in(conditions), []
     for k, condition in enumerate(conditions):
+        if place is None and classes and condition.dtype in _WHOLE and condition.shape[1:] == (1,):
+            raise ValueError(
+                f"condition {k + 1} of the data is of whole numbers {tuple(condition.shape)}, and class labels are "
+                "(b,), or they are never dropped: take squeeze(1)"
+            )
         if condition.is_floating_point():
             _checks.state(condition, f"condition {k + 1} of the data")
-        elif k == place and classes:
-            _checks.labels(condition, classes)
-        fit.append(condition.long() if k == place else condition)
+        if k == place:
+            condition = condition.long()
+            if classes:
+                _checks.labels(condition, classes)
+        fit.append(condition)
     return tuple(fit)
 
 

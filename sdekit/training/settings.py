@@ -7,7 +7,8 @@ from sdekit import _checks
 
 # What makes another model, or is of the beginning alone: these cannot change in a run.
 FIXED = (
-    "predicts", "process", "process_args", "network", "network_args", "sigma_data", "conditional", "init",
+    "predicts", "time", "output", "process", "process_args", "network", "network_args", "sigma_data", "conditional",
+    "init",
 )  # fmt: skip
 DIGEST = "data's digest"
 _DATA = ("data", "items", DIGEST, "size", "channels", "overfit")  # all go by the name of the first

@@ -49,6 +49,11 @@ class Steps:
 
     def take(self, loss: Tensor) -> Tensor:
         """The step down ``loss``; the gradient's norm before clipping, which is not finite where ``loss`` is not."""
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss has no gradient to the network's weights: take no_grad or detach out of the network and the "
+                "objective, or leave torch.no_grad"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(loss.detach() * 0 + 1)  # 1, or NaN: the square of an error may overflow where its slope does not
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
@@ -76,6 +81,7 @@ class Look:
     def __init__(self, done: int, last: int, log: Log, folder: Path | None) -> None:
         self.done, self.last, self.log, self.folder = done, last, log, folder
         self.lost = 0  # the last so many steps, all skipped
+        self.skipped = 0  # of all
 
     def at(self, step: int, losses: Tensor, norms: Tensor) -> float:
         """The mean of the losses that are finite, of the steps up to ``step``; skipped steps are said in the log.
@@ -85,11 +91,16 @@ class Look:
         fine = torch.isfinite(norms)
         n, bad = len(losses), (~fine).nonzero().flatten().tolist()
         self.lost = self.lost + n if len(bad) == n else n - 1 - int(fine.nonzero()[-1])
-        if self.lost >= CHECK_EVERY or (step == self.last and self.lost == step - self.done):
-            raise FloatingPointError(self._hopeless(step, float(losses[-1])))
+        if self.lost >= CHECK_EVERY or (step == self.last == self.lost):
+            what = self._hopeless(step, float(losses[-1]))
+            self.log.say(step, what)
+            raise FloatingPointError(what)
+        self.skipped += len(bad)
         if bad:
             first = step - n + 1 + bad[0]
             self.log.say(step, f"{len(bad)} of the last {n} steps skipped: gradients not finite, first at step {first}")
+        if step == self.last and self.skipped > 0.1 * (step - self.done):
+            self.log.say(step, f"{self.skipped} of {step - self.done} steps were skipped: what is learnt is in doubt")
         return float(losses[torch.isfinite(losses)].mean())
 
     def _hopeless(self, step: int, loss: float) -> str:
@@ -98,8 +109,15 @@ class Look:
         way = ""
         if saved:
             way = f"; {saved[-1]} goes on with what you change by resume=True, change=['lr'] (--resume --change lr)"
+        if not math.isfinite(loss):
+            cause = "what the network says, or its loss, is not finite"
+        else:
+            cause = "the loss is, and torch.autograd.set_detect_anomaly(True) says where its gradient is not"
+        if first == self.done + 1:
+            advice = "look for it in the network and in the data"
+        else:
+            advice = "lower lr, clip harder or raise t_min, and look at the data"
         return (
-            f"no step from step {first} to {step} has a finite gradient (the loss of the last is {loss:g}): lower lr, "
-            f"clip harder, or raise t_min, and check that the data are finite. The network holds the weights before "
-            f"step {first}, the last good ones{way}"
+            f"no step from step {first} to {step} has a finite gradient ({cause}; the last loss is {loss:g}): {advice}"
+            f". The network holds the weights before step {first}, the last good ones{way}"
         )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sdekit import _checks
 from sdekit.batch import only_real, padded
-from sdekit.models.network import as_score
+from sdekit.models.network import NetworkScore, as_score
 from sdekit.processes.kinds import KINDS
 from sdekit.processes.law import digest
 from sdekit.processes.sde import SDE
@@ -44,6 +44,8 @@ def train(
     *,
     labels: Tensor | tuple[Tensor, ...] | None = None,
     predicts: str = "v",
+    time: Callable[[Tensor], Tensor] | None = None,
+    output: str | int | Callable[[Any], Tensor] | None = None,
     objective: Objective | None = None,
     times: str | Callable[[Tensor], Tensor] = "uniform",
     steps: int = 2000,
@@ -71,6 +73,8 @@ def train(
     progress: bool = False,
 ) -> Trained:
     """Train ``network(x_t, t)`` so that, predicting ``predicts``, it is the score of the process; in place.
+
+    ``predicts``, ``time``, ``output``: as in :func:`sdekit.as_score`, which is to be given the same afterwards.
 
     ``data``: (N, *event), or a dataset of items x or (x, *conditions), with a length and items by number; ``labels``
     (N, ...), or a tuple of such: the conditions of a tensor's. The network is called as network(x_t, t, *conditions),
@@ -106,6 +110,11 @@ def train(
     Raises ValueError or TypeError that names the argument, FloatingPointError where no gradient is finite for 50 steps
     (the network then has its last good weights), and FileExistsError where ``out`` holds a run and resume is False.
     """
+    if not isinstance(network, nn.Module):
+        inside = "; take score.network" if hasattr(network, "network") else ""
+        raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}{inside}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("training needs gradients, and inference mode has none: leave torch.inference_mode")
     _checks.instance(sde, gaussian=predicts != "score")
     _checks.lookup(KINDS, predicts, "prediction")
     steps, batch, every = (_checks.count(n, s) for n, s in ((steps, "steps"), (batch, "batch"), (every, "every")))
@@ -120,10 +129,13 @@ def train(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks, run = Ranks.here(), None if out is None else Path(out)
     settings = {
-        "predicts": predicts, "steps": steps, "batch": batch, "lr": lr, "warmup": warmup, "schedule": schedule,
-        "weight_decay": weight_decay, "clip": clip, "ema": ema, "label_drop": label_drop, "mask": mask, "seed": seed,
-        "bf16": bf16, "times": times if isinstance(times, str) else "a callable", "process": _fingerprint(sde),
-        "init": None if init is None else str(init), **(about or {}),
+        "predicts": predicts, "time": None if time is None else "a callable",
+        "output": "a callable" if callable(output) else output, "steps": steps, "batch": batch, "lr": lr,
+        "warmup": warmup, "schedule": schedule, "weight_decay": weight_decay, "clip": clip, "ema": ema,
+        "label_drop": label_drop, "mask": mask, "seed": seed, "bf16": bf16, "process": _fingerprint(sde),
+        "times": times if isinstance(times, str) else "a callable",
+        "init": None if init is None else str(Path(init).resolve()),
+        "objective": getattr(objective, "__qualname__", type(objective).__name__).partition(".")[0], **(about or {}),
     }  # fmt: skip
     change, classes = asked_for(change, resume), getattr(network, "classes", None)
     data, given = checked(data, labels, classes)
@@ -139,8 +151,6 @@ def train(
         for unfinished in run.glob("*.safetensors*.part") if ranks.first else ():  # a kill cut its writing short
             unfinished.unlink()
     log = Log(run, ranks.first)
-    for doubt in doubts(sde, predicts, to_time, float(data[:1024].std()) if isinstance(data, Tensor) else 1.0):
-        log.say(0, doubt)
     network.to(device).train()
     if init is not None and not (run is not None and states(run)):
         was = begin(network, init)
@@ -151,9 +161,13 @@ def train(
         done, losses, said = load_state(run, network, average, stepper.optimizer, settings, change)
         for text in said:
             log.say(done, text)
+    size = [float(y) for y in torch.std_mean(data[:1024].double())] if isinstance(data, Tensor) else []
+    for doubt in doubts(sde, predicts, None if callable(times) else to_time, *size) if not done or change else ():
+        log.say(done, doubt)
     module: nn.Module = DistributedDataParallel(network) if ranks.world > 1 else network
-    real = None if mask is None else _real
-    score = as_score(torch.compile(module) if compile else module, sde, predicts=predicts, output=real)
+    score = as_score(torch.compile(module) if compile else module, sde, predicts, time=time, output=output)
+    if mask is not None:
+        score = _Real(score.network, sde, predicts, time, output)
     metrics, look = Metrics(run if ranks.first else None, done), Look(done, steps, log, run)
 
     draws = Draws(seed, batch, ranks, device)
@@ -190,7 +204,7 @@ def train(
             losses, recent = torch.cat([losses, found]), []
             bar.set_postfix(loss=f"{mean:.4f}")
             metrics.row(step, mean, float(norms[-1]), batch)
-        if saving and ranks.first:
+        if saving and ranks.first and (look.lost < every or step == steps):  # else nothing is new, and the old is good
             save_state(run, step, network, average, stepper.optimizer, losses, settings)  # type: ignore[arg-type]
             if callback is not None:
                 callback(step, average.network)
@@ -198,6 +212,14 @@ def train(
             ranks.wait()
     network.eval()
     return Trained(average.network, losses)
+
+
+class _Real(NetworkScore):
+    """What a network says of what is real."""
+
+    def output(self, x: Tensor, time: Tensor, ready: Any = None, given: Any = None) -> Tensor:
+        """With 0 in the padding."""
+        return only_real(super().output(x, time, ready, given))
 
 
 def _objective(objective: Any) -> Objective:
@@ -209,11 +231,6 @@ def _objective(objective: Any) -> Objective:
             f"into it, denoising(edm()), and a name into OBJECTIVES[name](); got {objective!r}"
         ) from None
     return objective
-
-
-def _real(out: Any) -> Any:
-    """Of what the network returns; what has not x's shape is refused by the score."""
-    return only_real(out) if isinstance(out, Tensor) else out
 
 
 def _normal(draws: Draws, x0: Tensor) -> Tensor:

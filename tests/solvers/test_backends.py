@@ -171,7 +171,7 @@ def test_bad_use_is_named():
     for method in ("torchdiffeq:rk4", "torchdiffeq:euler", "torchsde:euler"):  # one step from T to t_min
         with pytest.raises(ValueError, match=f"unknown adaptive method '{method}'"):
             ode_sample(sde, gaussian_score(sde), (2,), method=method)
-    with pytest.raises(ValueError, match="callback, max_nfe, progress and mask are not known to torchsde:euler"):
+    with pytest.raises(ValueError, match="callback, max_nfe and progress are not known to torchsde:euler"):
         solve(system, x, [1.0, 0.5], "torchsde:euler", max_nfe=30)
     with pytest.raises(ValueError, match="keep must be at most 2, the times of the grid, got 3"):
         solve(system, x, [1.0, 0.5], "torchsde:euler", keep=3)

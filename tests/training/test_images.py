@@ -188,8 +188,6 @@ def spoil(folder, kind):
         content = file.read_bytes()
         head = content[12:29]
         file.write_bytes(content[:29] + struct.pack(">I", zlib.crc32(head)) + content[33:])
-    elif kind == "a folder":
-        file.mkdir()
     else:
         file.write_text({"empty": "", "text": "no image"}[kind])
     return file
@@ -198,7 +196,7 @@ def spoil(folder, kind):
 BAD = ["jpg", "png", "tif", "gif", "webp", "empty", "text", "a bomb", "a broken checksum", "a palette of 16 bits"]
 
 
-@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in [*BAD, "a folder"]), ("jpg", 1), ("text", 1)])
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BAD), ("text", 1)])
 def test_a_file_that_cannot_be_read_is_named_and_what_would_do(tmp_path, kind, workers):
     file = spoil(tmp_path, kind)
     picture(tmp_path / "a.png")
@@ -241,6 +239,12 @@ def test_bad_files_are_left_out_and_counted(tmp_path):
     assert data.levels == 65536
     assert np.array_equal(((data.items[0][0] + 1) * 127.5).round().numpy(), ROW * 17)
     assert np.array_equal(((data.items[1][0] + 1) * 32767.5).round().numpy(), ROW * np.float32(4000))
+
+
+def test_a_folder_with_the_name_of_an_image_is_none(tmp_path):
+    (tmp_path / "b.png").mkdir()
+    picture(tmp_path / "b.png" / "a.png")
+    assert len(load_data(str(tmp_path), size=8).items) == 1
 
 
 def test_bad_files_are_of_folders_of_images_alone(tmp_path):

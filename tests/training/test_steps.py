@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdekit import VPSDE
+from sdekit import VPSDE, as_score
 from sdekit.training.networks import build, seeded
 from sdekit.training.state import states
 from sdekit.training.steps import Steps
@@ -132,8 +132,59 @@ def test_where_all_steps_are_bad_it_stops_with_the_last_good_weights(tmp_path, e
 
 
 def test_the_message_says_how_to_go_on(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"state-000000049.safetensors goes on .*change=\['lr'\] \(--resume"):
-        run(lambda step: math.nan if step >= 7 else 1, steps=99, every=7, out=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"state-000000007.safetensors goes on .*change=\['lr'\] \(--resume"):
+        run(lambda step: math.nan if step >= 8 else 1, steps=99, every=7, out=tmp_path)
+    assert [path.name for path in states(tmp_path)] == ["state-000000007.safetensors"]  # no later one is any better
+    assert "no step from step 8 to 63 has a finite gradient" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_whose_last_step_is_lost_ends_as_it_would_have(tmp_path):
+    """Also where it goes on for this step alone."""
+
+    def scale(step):
+        return math.nan if step == 40 else 1
+
+    options = {"steps": 40, "batch": 8, "warmup": 0, "device": "cpu", "every": 39}
+    _, whole = run(scale, **options, out=tmp_path / "whole")
+
+    def stop(step, network):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(scale, **options, out=tmp_path / "parts", callback=stop)
+    _, rest = run(lambda step: math.nan, **options, out=tmp_path / "parts", resume=True)
+    assert torch.equal(whole.losses.isnan(), rest.losses.isnan())
+    for a, b in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_many_skipped_steps_are_counted_in_the_end(caplog):
+    with caplog.at_level("WARNING", "sdekit"):
+        run(lambda step: math.nan if step % 3 == 0 else 1, steps=60, batch=8, device="cpu")
+    assert "20 of 60 steps were skipped: what is learnt is in doubt" in caplog.messages[-1]
+
+
+def test_what_has_no_gradient_is_said_before_the_first_step():
+    class Cut(Odd):
+        def forward(self, x, t):
+            return super().forward(x, t).detach()
+
+    with pytest.raises(ValueError, match="the loss has no gradient to the network's weights: take no_grad or detach"):
+        train(Cut(lambda step: 1), VPSDE(), DATA, steps=2, batch=8, device="cpu")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"leave torch\.inference_mode"):
+        train(Odd(lambda step: 1), VPSDE(), DATA, steps=2, batch=8, device="cpu")
+    score = as_score(Odd(lambda step: 1), VPSDE(), "v")
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module, got NetworkScore; take score\.network"):
+        train(score, VPSDE(), DATA, steps=2, batch=8, device="cpu")
+
+
+def test_a_loss_that_is_finite_where_its_gradient_is_not_is_told_apart():
+    class Rooted(Odd):
+        def forward(self, x, t):
+            return super().forward(x, t) + (0 * self.weight.sum()).sqrt()  # 0, of slope infinity times 0
+
+    with pytest.raises(FloatingPointError, match=r"set_detect_anomaly.*look for it in the network and in the data"):
+        train(Rooted(lambda step: 1), VPSDE(), DATA, steps=5, batch=8, device="cpu")
 
 
 def test_a_short_run_without_a_good_step_raises_in_the_end():

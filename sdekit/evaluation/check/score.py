@@ -11,11 +11,12 @@ from sdekit.evaluation.check.identify import Identified, identify
 from sdekit.evaluation.check.probe import Probe, own_clock, told
 from sdekit.evaluation.check.readings import OWN, Reading
 from sdekit.evaluation.report import Figure, Line, Report, Verdict
+from sdekit.models.conditions import padding_in
 from sdekit.processes.counted import as_model
 from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.processes.law import require_same
 from sdekit.processes.sde import SDE
-from sdekit.system import Score
+from sdekit.system import Score, shown
 
 FEW = 32  # samples of data
 
@@ -47,7 +48,7 @@ def check_score(
     order of channels. What fits best is ``report.found``. Ten thousand samples' evaluations, some times that
     where nothing fits; without, two thousand.
     ``batch``: of a network call. Conditions are given as ever, ``score.given(labels)`` for the N samples of ``data``.
-    It runs on the device and in the dtype of ``data``.
+    It runs on the device and in the dtype of ``data``. Padded samples are not for it: take some of one size.
 
     Raises ValueError or TypeError for arguments that are no process, score or data, and for a score of another process;
     what goes wrong in the model itself is a line that fails.
@@ -59,6 +60,11 @@ def check_score(
     data = _checks.state(data, "data").detach()
     if len(data) < 2:
         raise ValueError(f"data must be samples (N, *event) with N of at least 2, got {tuple(data.shape)}")
+    if (mask := padding_in(score, data)) is not None:
+        raise ValueError(
+            f"data are padded, it seems, by the condition {shown(mask)}, and every entry is looked at here: give "
+            "samples of one size, without padding"
+        )
     model = as_model(score, sde)
     probe = Probe(sde, model, data, _checks.count(samples, "samples", minimum=16), seed, _checks.count(batch, "batch"))
     require_same(model.sde, sde, probe.times)
