@@ -201,3 +201,13 @@ def test_conditions_of_others_are_named_and_weak_ones_are_not():
     assert "does not listen" in check_score(VP, deaf.given(c), data(), search=False)["conditions"].remedy
     same = check_score(VP, deaf.given(torch.ones(1000)), data(), search=False)
     assert same["conditions"].verdict == "pass"
+
+
+def test_padded_samples_are_refused_and_masks_of_other_kinds_are_not():
+    """A mask that the data are 0 outside of; one that says which pixels were seen is a condition as any."""
+    mask = torch.arange(6) < torch.tensor([6, 3, 4, 5])[torch.arange(64) % 4, None]
+    x = torch.randn(64, 6, 2, generator=torch.Generator().manual_seed(0))
+    score = as_score(lambda x, t, real: x * 0, VP, "x0").given(mask)
+    with pytest.raises(ValueError, match=r"padded, it seems, by the condition <tensor \(64, 6\)>.*samples of one size"):
+        check_score(VP, score, torch.where(mask[..., None], x, 0.0), search=False)
+    assert not check_score(VP, score, x, samples=16, search=False).ok

@@ -9,7 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from sdekit import SDE, VESDE, VPSDE, BetaTable, HeatODE, SubVPSDE, as_score
+from sdekit import (
+    SDE,
+    VESDE,
+    VPSDE,
+    BetaTable,
+    CorrelatedSDE,
+    GaussianMixture,
+    HeatODE,
+    PointSet,
+    SubVPSDE,
+    as_score,
+    log_likelihood,
+    solve,
+)
 from tests.conftest import PROCESSES
 
 FRACTIONS = torch.tensor([0.0, 0.01, 0.3, 0.7, 1.0], dtype=torch.float64)
@@ -295,4 +308,16 @@ def test_what_is_printed_says_what_was_made():
     assert repr(VESDE().reverse(lambda x, t: x)) == "Reverse(sde=VESDE(sigma_min=0.01, sigma_max=50.0), churn=1.0)"
     assert repr(BetaTable(torch.full((100,), 0.02))) == "BetaTable(betas=<tensor (100,)>)"
     score = as_score(torch.nn.Identity(), VPSDE(), "v")
-    assert repr(score.given(3)) == "as_score(Identity, VPSDE(beta_min=0.1, beta_max=20.0), predicts='v').given(...)"
+    vp = "VPSDE(beta_min=0.1, beta_max=20.0)"
+    given = f"as_score(Identity, {vp}, predicts='v').given(3, <tensor (2, 5)>, scale=2.0)"
+    assert repr(score.given(3, torch.zeros(2, 5), scale=2.0)) == given
+    assert repr(score.under(VESDE())) == f"Under(as_score(Identity, {vp}, predicts='v'))"
+    mixture = GaussianMixture(torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3))
+    assert repr(mixture.score(VPSDE())) == f"GaussianMixture(2 in 3 dimensions).score({vp})"
+    assert repr(PointSet(torch.zeros(9, 3)).score(VPSDE())) == f"PointSet(<tensor (9, 3)>).score({vp})"
+    assert repr(CorrelatedSDE(VPSDE(), torch.eye(2))) == f"CorrelatedSDE({vp}, covariance)"
+    flow = VPSDE().probability_flow(mixture.score(VPSDE()))
+    out = solve(flow, torch.ones(4, 3), [1.0, 0.5])
+    assert repr(out) == f"Solution(4 of 4 samples (3,) at the end, nfe={out.nfe})"
+    found = log_likelihood(VPSDE(), mixture.score(VPSDE()), torch.ones(4, 3))
+    assert repr(found).startswith("Likelihood(4 samples, corrected log p -4.2")

@@ -198,3 +198,35 @@ def test_a_drift_that_is_not_finite_is_a_status(method, after):
     kept = solve(Broken(), torch.ones(2, 3), [1.0, 0.0], f"scipy:{method}", keep=3).trajectory
     assert torch.equal(kept.x[0], torch.ones(2, 3))
     assert torch.isnan(kept.x[1:]).all()
+
+
+class Cubed(System):
+    """dx = 5 x^3 dt, which leaves for infinity."""
+
+    churn = 0.0
+
+    def drift(self, x, t):
+        return 5 * x**3
+
+
+@pytest.mark.parametrize("method", ["torchdiffeq:rk4", "torchdiffeq:euler", "torchsde:euler", "torchsde:heun"])
+def test_a_state_that_overflows_is_said(method):
+    """As by the project's own rules, with steps that the grid chose."""
+    for own in (method, "euler_maruyama"):
+        with pytest.raises(FloatingPointError, match="overflowed between t = 0 and 1; take more steps"):
+            solve(Cubed(), torch.full((2, 1), 3.0), torch.linspace(0, 1, 11), own)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("euler", 10), ("milstein", 10), ("euler_heun", 10), ("heun", 20)])
+def test_torchsde_evaluates_as_often_as_its_method_needs(method, calls):
+    """It looks at the first drift of every call to see its shape; that one serves its step too."""
+    sde = VPSDE()
+    system = sde.reverse(as_score(lambda x, t: 0.5 * x, sde, "eps"))
+    assert solve(system, torch.ones(3, 2), torch.linspace(1, 0.5, 11), f"torchsde:{method}").nfe == calls
+
+
+def test_scipy_has_no_gradients():
+    sde = VPSDE()
+    for way in (True, "checkpoint"):
+        with pytest.raises(ValueError, match="scipy:RK45 has no gradients, which differentiable asks for"):
+            solve(sde.probability_flow(lambda x, t: -x), torch.ones(3, 2), [1.0, 0.5], "scipy:RK45", differentiable=way)

@@ -231,3 +231,30 @@ def test_a_classifier_has_no_label_for_none():
     network = build("Classifier", dim=2, classes=3, width=8, layers=1)
     with pytest.raises(ValueError, match="labels must be 0 ... 2, got 3; or build"):
         train(network, SDE, X, labels=LABELS + 1, objective=classification(), label_drop=0.0, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "data", [(255 * torch.rand(8, 2, generator=torch.Generator())).byte(), torch.arange(16).reshape(8, 2)]
+)
+def test_levels_are_to_be_scaled(data):
+    """What .float() alone would make of them is far from unit size."""
+    for given in (data, TensorDataset(data)):
+        with pytest.raises(TypeError, match=r"about unit size, got torch\.(uint8|int64): scale levels to \[-1, 1\]"):
+            train(build("MLP", dim=2, width=8, layers=1), SDE, given, steps=1, batch=4, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.uint16])
+def test_labels_in_a_column_are_refused(kind):
+    """(N, 1) would reach the network, and never be dropped."""
+    network = build("MLP", dim=2, width=8, layers=1, classes=3)
+    column = LABELS[:, None].to(kind)
+    for data, labels in ((X, column), (TensorDataset(X, column), None)):
+        with pytest.raises(ValueError, match=r"whole numbers \(.*, 1\), and class labels are.*take squeeze\(1\)"):
+            train(network, SDE, data, labels=labels, steps=1, batch=4, device="cpu")
+
+
+def test_unsigned_labels_are_labels():
+    network = build("MLP", dim=2, width=8, layers=1, classes=3)
+    with pytest.raises(ValueError, match="labels must"):
+        train(network, SDE, X, labels=(LABELS + 4).to(torch.uint16), steps=1, batch=4, device="cpu")
+    train(network, SDE, X, labels=LABELS.to(torch.uint16), steps=1, batch=4, device="cpu")

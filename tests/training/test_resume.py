@@ -16,6 +16,7 @@ from sdekit import VPSDE, SubVPSDE
 from sdekit.cli import main
 from sdekit.training.checkpoint import FORMAT, write_tensors
 from sdekit.training.networks import build
+from sdekit.training.objectives import sliced
 from sdekit.training.state import states
 from sdekit.training.trainer import train
 
@@ -279,3 +280,29 @@ def test_kill_9_at_three_random_moments(tmp_path):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), file
     assert not list((tmp_path / "parts").glob("*.part"))  # what a kill left behind is gone
+
+
+def test_a_state_with_other_bits_is_left_aside(tmp_path):
+    """Whole, of the right format, and damaged in the middle: its numbers are not those that were written."""
+    stopped(tmp_path)
+    newest = states(tmp_path)[-1]
+    content = bytearray(newest.read_bytes())
+    place = len(content) - len(content) // 3
+    content[place] ^= 0x10
+    newest.write_bytes(content)
+    run(tmp_path, resume=True)
+    assert "is damaged: its weights are not those that were written" in (tmp_path / "log.txt").read_text()
+
+
+def test_another_objective_is_a_change(tmp_path):
+    stopped(tmp_path)
+    with pytest.raises(ValueError, match=r"objective = 'denoising' \(now 'sliced'\).*--change objective"):
+        run(tmp_path, resume=True, objective=sliced())
+    run(tmp_path, resume=True, objective=sliced(), change=["objective"])
+
+
+def test_init_is_the_same_by_another_path(tmp_path, monkeypatch):
+    run(tmp_path / "first")
+    stopped(tmp_path / "next", init=tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "next", init="./first/", resume=True)

@@ -370,3 +370,51 @@ def test_what_is_no_objective_is_refused(objective):
         TypeError, match=r"objective must be a function \(score, x_0, t, normal\).*denoising\(edm\(\)\)"
     ):
         train(line(), VPSDE(), gaussian_data(n=64), objective=objective, steps=1, batch=8, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("std", "mean", "said"),
+    [(74.0, 127.0, "mean is 127 and their standard deviation 74.6"), (0.01, 0.0, "deviation 0.01")],
+)
+def test_data_that_are_not_of_unit_size_are_said(std, mean, said, caplog):
+    with caplog.at_level("WARNING", "sdekit"):
+        data = gaussian_data(64, std, mean)
+        train(build("MLP", dim=1, width=8, layers=1), VPSDE(), data, steps=1, batch=8, device="cpu")
+    assert len(caplog.messages) == 1
+    assert said in caplog.messages[0]
+
+
+def test_times_of_ones_own_are_asked_for_a_batch_alone():
+    """A callable may know its batch's size."""
+    order = torch.linspace(0.5, 1.0, 8, dtype=torch.float64)
+    train(
+        build("MLP", dim=1, width=8, layers=1), VPSDE(), gaussian_data(64), times=lambda u: 1e-3 + u * order * 0.9,
+        steps=2, batch=8, device="cpu",
+    )  # fmt: skip
+
+
+class Foreign(torch.nn.Module):
+    """A clock in a thousand steps, and a prediction in a mapping, as in other people's networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.clocks = build("MLP", dim=1, width=16, layers=1), []
+
+    def forward(self, x, clock):
+        self.clocks.append(clock)
+        return {"sample": self.inside(x, clock / 1000)}
+
+
+def test_a_foreign_network_is_trained_in_its_own_words():
+    """time= and output= mean what they mean to as_score: the same weights as of the network inside."""
+    plain, foreign = build("MLP", dim=1, width=16, layers=1), Foreign()
+    how = {"steps": 20, "batch": 16, "device": "cpu", "predicts": "v"}
+    train(plain, VPSDE(), gaussian_data(64), **how)
+    trained = train(foreign, VPSDE(), gaussian_data(64), time=lambda t: 1000 * t, output="sample", **how).network
+    for a, b in zip(plain.parameters(), foreign.inside.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(float(c.min()) > 0 and float(c.max()) <= 1000 for c in foreign.clocks)
+    score = as_score(trained, VPSDE(), "v", time=lambda t: 1000 * t, output="sample")
+    assert torch.isfinite(score(torch.zeros(4, 1), 0.5)).all()
+    with pytest.raises(ValueError, match=r"output='eps' is not in what the network returned"):
+        train(Foreign(), VPSDE(), gaussian_data(64), output="eps", **how)
