@@ -126,8 +126,8 @@ def real_state(x: Any, mask: Tensor | Padding | None, process: Any, name: str = 
 
     Raises as :meth:`Padding.of`, and TypeError or ValueError for an x that is no state.
     """
-    if mask is None or not isinstance(x, Tensor):
-        return _checks.state(x, name), None
+    if mask is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return _checks.state(x, name), None  # or an error that says what it is
     padding = Padding.of(mask, x.shape, process)
     clean = padding.only(x)  # type: ignore[union-attr]
     # x itself where it may be: an evaluation may have been at it
@@ -140,7 +140,9 @@ padding_now = _padding.get  # the batch's, or None: for whoever asks so often th
 
 @contextmanager
 def padded(padding: Padding | None) -> Iterator[None]:
-    """Within, the batch is padded so, and all of it asked for; None: not padded at all, whatever holds outside."""
+    """Within, the batch is padded so, and all of it asked for; None: not padded at all, whatever holds outside,
+    but of the samples that are asked for there.
+    """
     token = _padding.set(padding)
     try:
         with nullcontext() if padding is None else asking(None):

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -193,9 +194,14 @@ class System:
                 f"{self.sense.capitalize()}'s sense: use {others}, or process.reverse(score, sense={sense!r})"
             )
 
+    @reprlib.recursive_repr()
     def __repr__(self) -> str:
         """The class, and the arguments that it was made with, as far as it keeps them under their names."""
-        known = ((name, vars(self).get(name)) for name in inspect.signature(type(self)).parameters)
+        try:
+            names = list(inspect.signature(type(self)).parameters)
+        except (TypeError, ValueError):
+            names = []
+        known = ((name, vars(self).get(name)) for name in names)
         return f"{type(self).__name__}({', '.join(f'{k}={shown(v)}' for k, v in known if v is not None)})"
 
     def settle(self) -> None:
@@ -203,11 +209,17 @@ class System:
 
 
 def shown(value: Any) -> str:
-    """A value as it is printed among the arguments of what was made with it."""
-    if isinstance(value, Tensor):
-        return f"<tensor {tuple(value.shape)}>" if value.numel() > 4 else str(value.tolist())
-    plain = isinstance(value, int | float | str | System)
-    return repr(value) if plain else getattr(value, "__qualname__", type(value).__name__)
+    """A value as it is printed among the arguments of what was made with it; whatever it is, in a few words."""
+    try:
+        if isinstance(value, Tensor):
+            return f"<tensor {tuple(value.shape)}>" if value.numel() > 4 else str(value.tolist())
+        plain = value is None or isinstance(value, int | float | str | System)
+        text = repr(value) if plain else getattr(value, "__qualname__", None)
+        if isinstance(text, str):
+            return text if len(text) <= 100 or isinstance(value, System) else text[:97] + "..."
+    except Exception:  # of a tensor without values, an object with attributes of its own: printing is no place to fail
+        pass
+    return f"<{type(value).__name__}>"
 
 
 class Levels(NamedTuple):

@@ -441,6 +441,19 @@ def test_what_lies_in_the_padding_may_be_nan():
         log_likelihood(sde, padded_score, spoilt)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_states_that_are_no_floating_numbers(dtype):
+    """As without a mask."""
+    score, x = both(VPSDE())[0], torch.ones(B, N, D, dtype=dtype)
+    for call in (
+        lambda: solve(VPSDE().probability_flow(score), x, [1.0, 0.5], "heun", mask=MASK),
+        lambda: log_likelihood(VPSDE(), score, x, mask=MASK),
+        lambda: sample(VPSDE(), score, x.shape, nfe=5, x_T=x, mask=MASK),
+    ):
+        with pytest.raises(TypeError, match="must be a floating tensor, got torch"):
+            call()
+
+
 def test_another_mask_for_the_noise_is_refused():
     x, flow = torch.zeros(B, N, D), VPSDE().reverse(both(VPSDE())[0])
     other = Noise(x, 0, mask=MASK.roll(1, 0))

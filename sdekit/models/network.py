@@ -224,6 +224,8 @@ def as_score(
     if not callable(network):
         raise TypeError(f"network must be a callable (x, t) -> tensor, got {type(network).__name__}")
     _checks.instance(sde, gaussian=predicts != "score")
+    if time is not None and not callable(time):
+        raise TypeError(f"time must be a callable from sde's t to the network's clock, got {time!r}")
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise TypeError(f"output must be an attribute, a key, an index or a callable, got {output!r}")
     return NetworkScore(network, sde, predicts, time, output)

@@ -120,7 +120,8 @@ def write_tensors(
         held[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
         if name != LOSSES and not torch.isfinite(held[name]).all():
             raise ValueError(f"weight {name} is not finite in {kept}; train again, or save with dtype=torch.float32")
-    content = to_bytes(held, metadata={"format": form, "about": json.dumps(about), "crc32": _crc32(held)})
+    said = json.dumps(about)
+    content = to_bytes(held, metadata={"format": form, "about": said, "crc32": _crc32(said, held)})
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -144,8 +145,9 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)} is truncated or no safetensors file: {error}") from error
-    if "crc32" in metadata and metadata["crc32"] != _crc32(stored):  # older files have none
-        raise ValueError(f"{os.fspath(path)} is damaged: its weights are not those that were written")
+    # Older files have none.
+    if "crc32" in metadata and metadata["crc32"] != _crc32(metadata.get("about", ""), stored):
+        raise ValueError(f"{os.fspath(path)} is damaged: it does not hold what was written")
     tensors = {name: _wide(tensor) for name, tensor in stored.items()}
     if metadata.get("format") != form:
         raise ValueError(f"{os.fspath(path)} has the format {metadata.get('format')!r}, not {form!r}")
@@ -158,10 +160,11 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Any
     return about, tensors
 
 
-def _crc32(tensors: dict[str, Tensor]) -> str:
+def _crc32(said: str, tensors: dict[str, Tensor]) -> str:
     """A number that changes with any bit of them."""
-    value = 0
+    value = zlib.crc32(said.encode())
     for name in sorted(tensors):
+        value = zlib.crc32(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode(), value)
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 

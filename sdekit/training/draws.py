@@ -119,17 +119,24 @@ def doubts(
     """What is likely to end in wrong samples without a word, of data of this standard deviation and mean."""
     if not hasattr(sde, "alpha"):
         return []
-    found, std = [], std if std > 0 else 1.0  # of one number it is NaN
-    if std > 8 or std < 0.05 or abs(mean) > 8:
+    found = []
+    top = float(torch.exp(-sde.half_log_snr(sde.T)))
+    if predicts in BLIND and not math.isfinite(top):
+        found.append(zero_signal(sde, predicts))
+    if std > 8 or 0 < std < 0.05 or abs(mean) > 8:  # of one number it is NaN, and nothing is said
         found.append(
             f"the data's mean is {mean:.3g} and their standard deviation {std:.3g}, and processes and networks are "
             "made for about 0 and 1: scale the data, and the samples back"
         )
-    if found or times is None:  # the rest is in units of the data; times of the caller's own are nobody else's
-        return found
+    elif times is not None:  # those of the caller's own are nobody else's, and may know his batch
+        found += _missed(sde, predicts, times, std if std > 0 else 1.0, top)
+    return found
+
+
+def _missed(sde: SDE, predicts: str, times: Callable[[Tensor], Tensor], std: float, top: float) -> list[str]:
+    found = []
     t = times((torch.arange(2048, dtype=torch.float64) + 0.5) / 2048)
     r = torch.exp(-sde.half_log_snr(t))
-    top = float(torch.exp(-sde.half_log_snr(sde.T)))
     share = float(((r > 0.03 * std) & (r < 3 * std)).double().mean())
     if share < 0.1:
         found.append(
@@ -141,8 +148,6 @@ def doubts(
             f"a network that predicts {predicts} is hardly shown the levels near {top:.3g}, where its error counts "
             "that many times in x_0, and samplers begin: predict v or x0"
         )
-    if predicts in BLIND and not math.isfinite(top):
-        found.append(zero_signal(sde, predicts))
     return found
 
 

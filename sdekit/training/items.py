@@ -17,8 +17,13 @@ _WHOLE = (
 )  # fmt: skip
 
 
-def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Dataset[Any], tuple[Tensor, ...]]:
-    """The data, and the conditions of a tensor's items. ValueError or TypeError for what cannot be trained on."""
+def checked(
+    data: Any, labels: Any, classes: int | None, dropped: bool, mask: int | None, sde: Any
+) -> tuple[Tensor | Dataset[Any], tuple[Tensor, ...]]:
+    """The data, with 0 in a tensor's padding, and the conditions of its items.
+
+    ``dropped``: whether class labels are, at times. ValueError or TypeError for what cannot be trained on.
+    """
     if isinstance(data, DataLoader):
         raise TypeError(
             "data must be a tensor or a dataset, got a DataLoader: pass its dataset (loader.dataset) and batch=, "
@@ -32,9 +37,8 @@ def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Datas
         )
     if len(data) == 0:
         raise ValueError(f"data must hold at least one item, got an empty {type(data).__name__}")
-    data = _floating(data) if isinstance(data, Tensor) else data
     if labels is None:
-        return data, ()
+        return _floating(data) if isinstance(data, Tensor) else data, ()
     given = tuple(labels) if isinstance(labels, tuple | list) else (labels,)
     for one in given:
         if not isinstance(one, Tensor):
@@ -43,13 +47,24 @@ def checked(data: Any, labels: Any, classes: int | None) -> tuple[Tensor | Datas
             )
         if not (isinstance(data, Tensor) and one.ndim and len(one) == len(data)):
             raise ValueError("labels must be one for each item of a data tensor; a dataset brings its own")
-    given, place = _fit(given, classes), label_in(given)
+    given, place = _fit(given, classes, dropped), label_in(given)
+    padding = padding_in(given, mask, data, sde)
+    data = _floating(data, padding)
     if place is not None and classes and int(given[place].min()) > 0 and int(given[place].max()) == classes:
         raise ValueError(
             f"labels must count from 0, got {int(given[place].min())} ... {classes}, of which {classes} is "
             "network.classes, the label that stands for none: subtract 1"
         )
     return data, given
+
+
+def size_of(data: Any, conditions: tuple[Tensor, ...], mask: int | None, sde: Any) -> list[float]:
+    """Standard deviation and mean of what is real of a tensor's first items; nothing of a dataset's."""
+    if not isinstance(data, Tensor):
+        return []
+    some = data[:1024].double()
+    padding = padding_in(tuple(c[:1024] for c in conditions), mask, some, sde)
+    return [float(y) for y in torch.std_mean(some if padding is None else some[padding.real.to(some.device)])]
 
 
 def label_in(conditions: tuple[Tensor, ...]) -> int | None:
@@ -74,6 +89,7 @@ def batches(
     dtype: torch.dtype,
     workers: int,
     classes: int | None,
+    dropped: bool,
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """(x_0, its conditions) of one step after another, on the draws' device; floating ones in ``dtype``."""
     device = order.draws.device
@@ -93,26 +109,26 @@ def batches(
         collate_fn=_together,
     )  # fmt: skip
     for x0, *rest in loader:
-        yield there(_floating(x0)), tuple(map(there, _fit(tuple(rest), classes)))
+        yield there(_floating(x0)), tuple(map(there, _fit(tuple(rest), classes, dropped)))
 
 
-def _floating(x: Tensor) -> Tensor:
+def _floating(x: Tensor, padding: Padding | None = None) -> Tensor:
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
             f"data must be a floating tensor of about unit size, got {x.dtype}: scale levels to [-1, 1], bytes by "
             "x.float() / 127.5 - 1"
         )
-    return _checks.state(x, "data")
+    return _checks.state(x if padding is None else padding.only(x), "data")
 
 
-def _fit(conditions: tuple[Tensor, ...], classes: int | None) -> tuple[Tensor, ...]:
+def _fit(conditions: tuple[Tensor, ...], classes: int | None, dropped: bool) -> tuple[Tensor, ...]:
     """The conditions, a class label in int64. ValueError for a label out of range, and for what is not finite."""
     place, fit = label_in(conditions), []
     for k, condition in enumerate(conditions):
-        if place is None and classes and condition.dtype in _WHOLE and condition.shape[1:] == (1,):
+        if place is None and classes and dropped and condition.dtype in _WHOLE and condition.shape[1:] == (1,):
             raise ValueError(
                 f"condition {k + 1} of the data is of whole numbers {tuple(condition.shape)}, and class labels are "
-                "(b,), or they are never dropped: take squeeze(1)"
+                "(b,), or they are never dropped: take squeeze(1), or label_drop=0.0"
             )
         if condition.is_floating_point():
             _checks.state(condition, f"condition {k + 1} of the data")

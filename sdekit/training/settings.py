@@ -34,8 +34,7 @@ def changes(then: Settings, now: Settings, change: Sequence[str], folder: str) -
         if name in FIXED:
             raise ValueError(f"change cannot name {name}: {_ELSEWHERE.format(folder=folder)}")
         _checks.lookup(dict.fromkeys(may), name, "setting to change")
-    # What a run of before had no word for is what is not set now.
-    other = sorted(key for key in then.keys() | now.keys() if (then.get(key) or None) != (now.get(key) or None))
+    other = sorted(key for key in then.keys() | now.keys() if _differ(then, now, key))
     refused = [key for key in other if _name(key) not in change]
     if not refused:
         return [_words(key, then.get(key), now.get(key), "{key} {now!r}, was {was!r}") for key in other]
@@ -53,6 +52,13 @@ def changes(then: Settings, now: Settings, change: Sequence[str], folder: str) -
 
 
 _ELSEWHERE = "resume it with the same, or begin a run in another folder, from its weights by init={folder!r} (--init)"
+
+
+def _differ(then: Settings, now: Settings, key: str) -> bool:
+    """What a run of before had no word for is what is not set now."""
+    if key not in then:
+        return not (now[key] is None or now[key] is False)
+    return bool(then[key] != now.get(key))
 
 
 def _name(key: str) -> str:

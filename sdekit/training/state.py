@@ -21,7 +21,7 @@ Read = tuple[Path, dict[str, Any], dict[str, Tensor]]  # a file, what it says of
 
 def states(folder: Path) -> list[Path]:
     """The saved states of a run, oldest first."""
-    return sorted(folder.glob("state-*.safetensors"))
+    return sorted(path for path in folder.glob("state-*.safetensors") if path.is_file())
 
 
 def save_state(
@@ -127,7 +127,7 @@ def _newest(folder: Path) -> tuple[Read | None, list[str]]:
             said.append(f"left aside, {error}")
     if found:
         raise ValueError(
-            f"no state in {folder} can be read: {'; '.join(said)}. Delete them to begin the run anew, or begin another "
-            "from the last checkpoint of this one by init= (--init)"
+            f"no state in {folder} can be read: {'; '.join(said)}. Begin a run in another folder, from the last "
+            "checkpoint of this one by init= (--init)"
         )
     return None, said

@@ -22,7 +22,7 @@ from sdekit.processes.sde import SDE
 from sdekit.training.distributed import Ranks
 from sdekit.training.draws import TIMES, Draws, Order, doubts
 from sdekit.training.ema import EMA
-from sdekit.training.items import batches, checked, label_in, padding_in
+from sdekit.training.items import batches, checked, label_in, padding_in, size_of
 from sdekit.training.log import Log, Metrics
 from sdekit.training.objectives import Objective, denoising
 from sdekit.training.settings import DIGEST, asked_for
@@ -125,6 +125,7 @@ def train(
     lr, clip = _checks.positive(lr, "lr"), _checks.positive(clip, "clip")
     decay = _checks.lookup({"cosine": _cosine, "constant": lambda fraction: 1.0}, schedule, "schedule")
     to_time = times if callable(times) else _checks.lookup(TIMES, times, "times")(sde)
+    said = None if objective is None else getattr(objective, "__qualname__", repr(objective)).partition(".")[0]
     objective = denoising() if objective is None else _objective(objective)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks, run = Ranks.here(), None if out is None else Path(out)
@@ -135,10 +136,10 @@ def train(
         "label_drop": label_drop, "mask": mask, "seed": seed, "bf16": bf16, "process": _fingerprint(sde),
         "times": times if isinstance(times, str) else "a callable",
         "init": None if init is None else str(Path(init).resolve()),
-        "objective": getattr(objective, "__qualname__", type(objective).__name__).partition(".")[0], **(about or {}),
+        "objective": said, **(about or {}),
     }  # fmt: skip
     change, classes = asked_for(change, resume), getattr(network, "classes", None)
-    data, given = checked(data, labels, classes)
+    data, given = checked(data, labels, classes, label_drop > 0, mask, sde)
     settings["items"] = n = len(data)  # type: ignore[arg-type]
     if isinstance(data, Tensor):
         settings[DIGEST] = digest(*(part[:: max(1, n // 64)] for part in (data, *given)))
@@ -161,7 +162,7 @@ def train(
         done, losses, said = load_state(run, network, average, stepper.optimizer, settings, change)
         for text in said:
             log.say(done, text)
-    size = [float(y) for y in torch.std_mean(data[:1024].double())] if isinstance(data, Tensor) else []
+    size = size_of(data, given, mask, sde)
     for doubt in doubts(sde, predicts, None if callable(times) else to_time, *size) if not done or change else ():
         log.say(done, doubt)
     module: nn.Module = DistributedDataParallel(network) if ranks.world > 1 else network
@@ -172,7 +173,7 @@ def train(
 
     draws = Draws(seed, batch, ranks, device)
     order = Order(n, draws, done + 1, steps)
-    loader = batches(data, given, order, stepper.dtype, workers, classes)
+    loader = batches(data, given, order, stepper.dtype, workers, classes, label_drop > 0)
     if run is not None and done == steps and callback is not None and ranks.first:
         callback(steps, average.network)  # it may have been killed before it did
     recent: list[tuple[Tensor, Tensor]] = []

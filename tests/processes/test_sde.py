@@ -321,3 +321,40 @@ def test_what_is_printed_says_what_was_made():
     assert repr(out) == f"Solution(4 of 4 samples (3,) at the end, nfe={out.nfe})"
     found = log_likelihood(VPSDE(), mixture.score(VPSDE()), torch.ones(4, 3))
     assert repr(found).startswith("Likelihood(4 samples, corrected log p -4.2")
+
+
+class Odd(VPSDE):
+    """Made with things that are hard to print."""
+
+    def __init__(self, thing, *rest):
+        super().__init__()
+        self.thing = thing
+
+
+class Shy:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (torch.zeros(2, device="meta"), "<Tensor>"),
+        (torch.zeros(3, 4), "<tensor (3, 4)>"),
+        (None, "None"),
+        (Shy(), "<Shy>"),
+        ("a" * 1000, "'" + 96 * "a" + "..."),
+        (math.sin, "sin"),
+        ([1, 2], "<list>"),
+    ],
+    ids=["meta", "large", "none", "shy", "long", "function", "list"],
+)
+def test_printing_never_fails(thing, said):
+    shown = "" if thing is None else f"thing={said}"
+    assert repr(Odd(thing, 1)) == f"Odd({shown})"
+
+
+def test_what_holds_itself_is_printed():
+    odd = Odd(1)
+    odd.thing = odd
+    assert repr(odd) == "Odd(thing=...)"

@@ -251,6 +251,8 @@ def test_labels_in_a_column_are_refused(kind):
     for data, labels in ((X, column), (TensorDataset(X, column), None)):
         with pytest.raises(ValueError, match=r"whole numbers \(.*, 1\), and class labels are.*take squeeze\(1\)"):
             train(network, SDE, data, labels=labels, steps=1, batch=4, device="cpu")
+    seen = Watch(classes=3)  # where nothing is to be dropped they are the network's own affair
+    train(seen, SDE, X, labels=column, label_drop=0.0, steps=1, batch=4, device="cpu")
 
 
 def test_unsigned_labels_are_labels():

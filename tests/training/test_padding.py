@@ -94,3 +94,19 @@ def test_masks_that_are_none(options, message):
     options = {"labels": REAL, "times": "table", **options}
     with pytest.raises((TypeError, ValueError), match=message):
         train(seeded(Points, 0, {}), betas, torch.zeros(64, 4, 2), steps=1, batch=8, device="cpu", **options)
+
+
+@pytest.mark.parametrize("filled", [0.0, 999.0, torch.nan])
+def test_what_lies_in_the_padding_is_no_part_of_the_data(filled, caplog):
+    """Neither of their size, nor of whether they are finite."""
+    x = 0.3 * torch.randn(64, 4, 2, generator=torch.Generator().manual_seed(1))
+    data = torch.where(REAL[..., None], x, filled)
+    with caplog.at_level("WARNING", "sdekit"):
+        trained = train(seeded(Points, 0, {}), VPSDE(), data, labels=REAL, mask=0, steps=2, batch=8, device="cpu")
+    assert torch.isfinite(trained.losses).all()
+    assert caplog.messages == []
+    sparse = torch.zeros(64, 60, dtype=torch.bool)
+    sparse[:, 7] = True
+    data = torch.where(sparse[..., None], x[:, :1], 0.0)
+    train(seeded(Points, 0, {}), VPSDE(), data, labels=sparse, mask=0, steps=1, batch=8, device="cpu")
+    assert caplog.messages == []

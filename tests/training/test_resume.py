@@ -14,9 +14,10 @@ import torch
 
 from sdekit import VPSDE, SubVPSDE
 from sdekit.cli import main
-from sdekit.training.checkpoint import FORMAT, write_tensors
+from sdekit.training.checkpoint import FORMAT, read_tensors, write_tensors
 from sdekit.training.networks import build
 from sdekit.training.objectives import sliced
+from sdekit.training.state import FORMAT as RUN
 from sdekit.training.state import states
 from sdekit.training.trainer import train
 
@@ -205,9 +206,9 @@ def test_a_run_goes_on_from_the_newest_state_that_is_whole(tmp_path, old, new):
     log = tmp_path / "parts" / "log.txt"
     if bad and "good" not in (old, new):
         files = ".*".join(f"{file.name} (is truncated|has the format)" for file in reversed(states(tmp_path / "parts")))
-        with pytest.raises(ValueError, match=f"no state in .*parts can be read: .*{files}.*Delete them to begin"):
+        with pytest.raises(ValueError, match=f"no state in .*parts can be read: .*{files}.*Begin a run in another"):
             run(tmp_path / "parts", resume=True)
-        for file in states(tmp_path / "parts"):  # as the message says
+        for file in states(tmp_path / "parts"):  # who takes them away begins anew
             file.unlink()
     _, rest = run(tmp_path / "parts", resume=True)
     assert torch.equal(rest.losses, whole.losses)
@@ -291,12 +292,44 @@ def test_a_state_with_other_bits_is_left_aside(tmp_path):
     content[place] ^= 0x10
     newest.write_bytes(content)
     run(tmp_path, resume=True)
-    assert "is damaged: its weights are not those that were written" in (tmp_path / "log.txt").read_text()
+    assert "is damaged: it does not hold what was written" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_state_that_says_another_step_is_left_aside(tmp_path):
+    """One bit of what it says of itself, in which it is valid."""
+    stopped(tmp_path)
+    newest = states(tmp_path)[-1]
+    content = newest.read_bytes()
+    assert content.count(rb"\"step\": 20") == 1
+    newest.write_bytes(content.replace(rb"\"step\": 20", rb"\"step\": 10"))
+    _, whole = run(tmp_path / "whole")
+    _, rest = run(tmp_path, resume=True)
+    assert "is damaged" in (tmp_path / "log.txt").read_text()
+    assert torch.equal(whole.losses, rest.losses)
+
+
+def test_a_run_of_before_a_setting_goes_on(tmp_path):
+    """What its state has no word for is what is not set; what is set is a change."""
+    stopped(tmp_path)
+    for path in states(tmp_path):
+        about, tensors = read_tensors(path, RUN)
+        for name in ("objective", "mask", "time", "output", "init"):
+            del about["settings"][name]
+        write_tensors(path, tensors, RUN, about)
+    with pytest.raises(ValueError, match=r"mask = None \(now 0\)"):
+        run(tmp_path, resume=True, mask=0)
+    run(tmp_path, resume=True)
+
+
+def test_a_folder_is_no_state(tmp_path):
+    stopped(tmp_path)
+    (tmp_path / "state-000000099.safetensors").mkdir()
+    run(tmp_path, resume=True)
 
 
 def test_another_objective_is_a_change(tmp_path):
     stopped(tmp_path)
-    with pytest.raises(ValueError, match=r"objective = 'denoising' \(now 'sliced'\).*--change objective"):
+    with pytest.raises(ValueError, match=r"objective = None \(now 'sliced'\).*--change objective"):
         run(tmp_path, resume=True, objective=sliced())
     run(tmp_path, resume=True, objective=sliced(), change=["objective"])
 

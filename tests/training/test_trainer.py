@@ -418,3 +418,9 @@ def test_a_foreign_network_is_trained_in_its_own_words():
     assert torch.isfinite(score(torch.zeros(4, 1), 0.5)).all()
     with pytest.raises(ValueError, match=r"output='eps' is not in what the network returned"):
         train(Foreign(), VPSDE(), gaussian_data(64), output="eps", **how)
+
+
+def test_a_blind_prediction_is_doubted_whatever_else_is():
+    times = lambda u: 0.1 + 0.8 * u  # noqa: E731
+    for std, given in ((1.0, None), (74.0, times), (74.0, TIMES["uniform"](RectifiedFlow()))):
+        assert any("zero terminal SNR" in said for said in doubts(RectifiedFlow(), "eps", given, std))

@@ -63,7 +63,7 @@ def check_score(
     if (mask := padding_in(score, data)) is not None:
         raise ValueError(
             f"data are padded, it seems, by the condition {shown(mask)}, and every entry is looked at here: give "
-            "samples of one size, without padding"
+            "samples of one size, without padding (a mask of another kind passes as floating numbers)"
         )
     model = as_model(score, sde)
     probe = Probe(sde, model, data, _checks.count(samples, "samples", minimum=16), seed, _checks.count(batch, "batch"))
