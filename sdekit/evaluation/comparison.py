@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from sdekit import _checks
 from sdekit.evaluation.page import draw
-from sdekit.evaluation.report import Figure, Section, made_with, plain, save
+from sdekit.evaluation.parts import Figure, Section, made_with
+from sdekit.evaluation.report import plain, save
 
 _SHOWN = 7  # rows in the figure
 

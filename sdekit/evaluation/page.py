@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sdekit.evaluation.report import Figure, Line, Section, made_with
+from sdekit.evaluation.parts import Figure, Line, Section, made_with
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --pass: #1a7f4b; --warn: #a86200; --fail: #b3261e; }

@@ -1,65 +1,15 @@
-"""What a check says: a line for everything that was looked at, with the number, the verdict and what to do."""
+"""What a check says: its lines, with the settings they were made with; as text, as JSON, as a page."""
 
-import datetime
 import json
 import math
-import platform
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy
-import torch
+from typing import Any, Protocol
 
 from sdekit import _checks
-
-Verdict = Literal["pass", "warn", "fail"]
-VERDICTS: tuple[Verdict, ...] = ("pass", "warn", "fail")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One thing that was looked at: its name, the verdict, the number, in words what the number is, what to do."""
-
-    name: str
-    verdict: Verdict
-    number: float
-    text: str
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        _checks.lookup(dict.fromkeys(VERDICTS), self.verdict, "verdict")
-
-    def __str__(self) -> str:
-        said = f"{self.verdict:4}  {self.name}: {self.text}"
-        return f"{said}\n      -> {self.remedy}" if self.remedy else said
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Curves over one axis, as numbers: ``curves`` name -> (x, y). Drawn only where a page is."""
-
-    title: str
-    x: str
-    y: str
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    log: str = ""  # "x", "y" or "xy": the axes that are logarithmic
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a page has of one check or comparison: a summary, lines, a table, figures and the settings, where given."""
-
-    title: str
-    summary: str = ""
-    ok: bool | None = None  # colours the summary
-    lines: tuple[Line, ...] = ()
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-    figures: tuple[Figure, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+from sdekit.evaluation.page import page
+from sdekit.evaluation.parts import VERDICTS, Figure, Line, Section, Verdict, made_with
 
 
 class Saved(Protocol):
@@ -140,8 +90,6 @@ def save(reports: Iterable[Saved], path: str | Path) -> None:
     """
     path, reports = Path(path), list(reports)
     if path.suffix == ".html":
-        from sdekit.evaluation.page import page
-
         text = page([report.section() for report in reports])
     elif path.suffix == ".json":
         made = [plain(report.json()) for report in reports]
@@ -160,14 +108,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def made_with() -> dict[str, str]:
-    """Versions, machine and date."""
-    return {
-        "sdekit": sys.modules["sdekit"].__version__,  # looked up, not imported: the package stands above its rooms
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }

@@ -13,7 +13,8 @@ import torch
 
 import sdekit
 from sdekit.evaluation.page import draw, page
-from sdekit.evaluation.report import Figure, Line, Report, Section, save
+from sdekit.evaluation.parts import Figure, Line, Section
+from sdekit.evaluation.report import Report, save
 
 FIGURES = (
     Figure("Error", "steps", "error", {"a": ([1, 10, 100], [1.0, 0.1, 0.01]), "b": ([1, 10], [0.0, math.nan])}, "xy"),

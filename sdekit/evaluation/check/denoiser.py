@@ -12,7 +12,7 @@ from sdekit.batch import samples
 from sdekit.evaluation.check.identify import allowed
 from sdekit.evaluation.check.lines import verdict
 from sdekit.evaluation.check.probe import Probe, chance, flat
-from sdekit.evaluation.report import Line, Verdict
+from sdekit.evaluation.parts import Line, Verdict
 from sdekit.models.conditions import mapped
 from sdekit.models.points import PointSet
 from sdekit.noise.keyed import Noise

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.batch import samples
 from sdekit.evaluation.check.lines import verdict
-from sdekit.evaluation.report import Line
+from sdekit.evaluation.parts import Line
 from sdekit.noise import Noise
 from sdekit.processes.sde import SDE
 from sdekit.system import NOTHING

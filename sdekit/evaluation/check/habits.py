@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdekit.evaluation.check.exact import Known, two_modes
 from sdekit.evaluation.check.orders import flow, grid, rms
-from sdekit.evaluation.report import Line
+from sdekit.evaluation.parts import Line
 from sdekit.noise import Noise
 from sdekit.processes.sde import SDE
 from sdekit.solvers import solve

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdekit.batch import samples
 from sdekit.evaluation.check.exact import Impulses, Moments, propagate
 from sdekit.evaluation.check.lines import table, verdict
-from sdekit.evaluation.report import Line
+from sdekit.evaluation.parts import Line
 from sdekit.processes.sde import SDE
 from sdekit.solvers import solve
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from sdekit.evaluation.report import Line, Verdict
+from sdekit.evaluation.parts import Line, Verdict
 
 
 def attempt(name: str, look: Callable[[], Line], remedy: str = "") -> Line:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdekit.evaluation.check.exact import MEAN, STD, Impulses, Known, normals, propagate, quantile, two_modes
 from sdekit.evaluation.check.lines import table, verdict
-from sdekit.evaluation.report import Line
+from sdekit.evaluation.parts import Line
 from sdekit.noise import Noise
 from sdekit.processes.kinds import KINDS
 from sdekit.processes.sde import SDE

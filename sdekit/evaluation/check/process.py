@@ -10,7 +10,8 @@ from sdekit import _checks
 from sdekit.evaluation.check import ends, kernel, schedule
 from sdekit.evaluation.check.kernel import Simulated
 from sdekit.evaluation.check.lines import attempt
-from sdekit.evaluation.report import Figure, Line, Report
+from sdekit.evaluation.parts import Figure, Line
+from sdekit.evaluation.report import Report
 from sdekit.processes.sde import SDE
 
 _WRITTEN = "write alpha(t) and sigma(t) with torch operations on a float64 tensor t, entry by entry"

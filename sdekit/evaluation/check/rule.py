@@ -7,7 +7,8 @@ from typing import Any
 from sdekit import _checks
 from sdekit.evaluation.check import habits, orders
 from sdekit.evaluation.check.lines import attempt
-from sdekit.evaluation.report import Figure, Line, Report
+from sdekit.evaluation.parts import Figure, Line
+from sdekit.evaluation.report import Report
 from sdekit.processes import VPSDE, RectifiedFlow
 from sdekit.sampling.samplers import SAMPLERS, Sampler, as_sampler
 from sdekit.solvers.steppers import RULES, StepRule

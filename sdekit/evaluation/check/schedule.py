@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit.evaluation.check.lines import verdict
-from sdekit.evaluation.report import Line
+from sdekit.evaluation.parts import Line
 from sdekit.processes.sde import SDE
 
 _POINTS = torch.tensor([0.5 - math.sqrt(0.15), 0.5, 0.5 + math.sqrt(0.15)], dtype=torch.float64)  # Gauss's on [0, 1]

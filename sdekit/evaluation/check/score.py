@@ -10,7 +10,8 @@ from sdekit.evaluation.check.denoiser import ROUGH, conditions, consistency, los
 from sdekit.evaluation.check.identify import Identified, identify
 from sdekit.evaluation.check.probe import Probe, own_clock, told
 from sdekit.evaluation.check.readings import OWN, Reading
-from sdekit.evaluation.report import Figure, Line, Report, Verdict
+from sdekit.evaluation.parts import Figure, Line, Verdict
+from sdekit.evaluation.report import Report
 from sdekit.models.conditions import padding_in
 from sdekit.processes.counted import as_model
 from sdekit.processes.kinds import BLIND, zero_signal
