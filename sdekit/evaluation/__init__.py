@@ -1,1 +1,1 @@
-"""How good samples are: distances between samples and data, and the features that they are taken in."""
+"""Is it right, and how good: checks of processes, scores and rules, comparisons, distances between samples and data."""
