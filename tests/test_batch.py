@@ -21,10 +21,13 @@ from sdekit import (
     RectifiedFlow,
     as_score,
     calibrate,
+    decode,
     dynamic_threshold,
+    encode,
     log_likelihood,
     ode_sample,
     pc_sample,
+    round_trip_error,
     sample,
     sample_with_log_prob,
     sde_sample,
@@ -246,6 +249,23 @@ def test_guidance_and_thresholds_measure_what_is_real():
         return sample(sde, clipped, shape, nfe=8, seed=2, mask=mask, **F64, **how)
 
     same(draw(None, (B, N, D), mask=MASK), alone(draw, None))
+
+
+def test_latents():
+    """There and back, and how far off that is, of what is real."""
+    sde = VPSDE()
+    padded_score, score = both(sde)
+    x = 0.5 * Noise(torch.empty(B, N, D, **F64), 2, mask=MASK).normal()
+    how = {"rtol": 1e-4, "atol": 1e-4}
+    latent = encode(sde, padded_score, torch.where(MASK[..., None], x, torch.nan), mask=MASK, **how)
+    back = decode(sde, padded_score, latent, mask=MASK, denoise=True, **how)
+    off = round_trip_error(sde, padded_score, x, mask=MASK, **how)
+    singles = [x[i][MASK[i]][None] for i in range(B)]
+    latents = [encode(sde, score, y, **how) for y in singles]
+    same(latent, [z[0] for z in latents])
+    same(back, [decode(sde, score, z, denoise=True, **how)[0] for z in latents])
+    for i, y in enumerate(singles):
+        assert float(off[i]) == pytest.approx(float(round_trip_error(sde, score, y, **how)), abs=1e-9)
 
 
 def test_start_and_calibration():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdekit import _checks
+from sdekit.batch import padded, real_state
 from sdekit.processes.law import require_centred
 from sdekit.processes.sde import SDE
 from sdekit.sampling.adaptive import flow
@@ -17,46 +18,48 @@ from sdekit.system import Score, float64
 
 def encode(
     sde: SDE, score: Score, x: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5,
-    progress: bool = False, differentiable: bool | str = False,
+    progress: bool = False, differentiable: bool | str = False, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The latent at T of x, (B, *event), like x: the probability flow from t_min to T.
 
     It is one to one, and the score's alone: networks that learnt the same score encode alike (Song et al. 2021,
     section 4.3 and appendix D.3). x is taken as a point at t_min, as by :func:`log_likelihood`; data without noise are
     of t = 0, and ``sde.perturb(x, sde.t_min)`` puts them there. ``method``, ``rtol``, ``atol``, a sample's independence
-    of its batch, ``differentiable``: as in :func:`ode_sample`. Raises ValueError or TypeError for bad input,
+    of its batch, ``differentiable``, ``mask``: as in :func:`ode_sample`. Raises ValueError or TypeError for bad input,
     SolverError, which carries the partial solution, where a sample cannot reach T.
     """
     without_graph(x, "x", differentiable)
     how = {"rtol": rtol, "atol": atol, "progress": progress, "differentiable": differentiable}
-    return _flow(sde, score, _checks.state(x), 1, method, **how)
+    return _flow(sde, score, x, 1, method, "x", mask, **how)
 
 
 def decode(
     sde: SDE, score: Score, latent: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5,
-    denoise: bool = False, progress: bool = False, differentiable: bool | str = False,
+    denoise: bool = False, progress: bool = False, differentiable: bool | str = False, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The data at t_min of a latent at T, (B, *event), like it: the probability flow from T to t_min.
 
     The inverse of :func:`encode`, up to the tolerances, whose meaning is the same; raises as it does. ``denoise``:
     return E[x_0|x] at t_min instead of x, as samplers do; this is no part of the flow, and not undone by encoding.
     """
-    x = _checks.state(latent, "latent")
-    without_graph(x, "latent", differentiable)
+    without_graph(latent, "latent", differentiable)
     how = {"rtol": rtol, "atol": atol, "denoise": denoise, "progress": progress, "differentiable": differentiable}
-    return _flow(sde, score, x, -1, method, **how)
+    return _flow(sde, score, latent, -1, method, "latent", mask, **how)
 
 
 def round_trip_error(
-    sde: SDE, score: Score, x: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5
-) -> Tensor:
+    sde: SDE, score: Score, x: Tensor, *, method: str = "adams", rtol: float = 1e-5, atol: float = 1e-5,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """RMS over the event of decode(encode(x)) - x, per sample, (B,), in units of x.
 
     What the tolerances do to this x under this score; it falls with them. Raises as :func:`encode`.
     """
-    x = _checks.state(x).detach()
-    latent = encode(sde, score, x, method=method, rtol=rtol, atol=atol)
-    return rms(decode(sde, score, latent, method=method, rtol=rtol, atol=atol) - x)
+    x, padding = real_state(x, mask, sde)
+    how: dict[str, Any] = {"method": method, "rtol": rtol, "atol": atol, "mask": mask}
+    latent = encode(sde, score, x.detach(), **how)
+    with padded(padding):
+        return rms(decode(sde, score, latent, **how) - x.detach())
 
 
 def slerp(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
@@ -109,10 +112,11 @@ def interpolate(
     return out.reshape(between.shape)
 
 
-def _flow(sde: SDE, score: Score, x: Tensor, direction: int, method: str, **how: Any) -> Tensor:
+def _flow(sde: SDE, score: Score, x: Tensor, direction: int, method: str, name: str, mask: Any, **how: Any) -> Tensor:
     _checks.instance(sde)
+    x, padding = real_state(x, mask, sde, name)
     times = torch.tensor([sde.t_min, sde.T][::direction], dtype=torch.float64)
-    return flow(sde, score, x, times, method, **how)
+    return flow(sde, score, x, times, method, mask=padding, **how)
 
 
 def _alike(a: Tensor, b: Tensor) -> None:
