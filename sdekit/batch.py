@@ -28,7 +28,7 @@ def samples(rows: Tensor, total: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def asking(for_samples: tuple[Tensor, int] | None) -> Iterator[None]:
-    """:func:`samples` of the whole batch, whatever is asked for outside."""
+    """As :func:`samples`, whatever is asked for outside; None: the whole batch."""
     token = _asked.set(for_samples)
     try:
         yield
@@ -99,8 +99,6 @@ class Padding:
         if self.real.device != x.device:  # once: a copy at every evaluation would make the host wait
             self.real = self.real.to(x.device)
         real = self.real if rows is None else self.real[rows.to(x.device)]
-        if x.numel() != real.numel():  # no batch of these samples, which whoever asked for one will say
-            return x
         return torch.where(real.reshape(x.shape), x, 0.0)
 
     def same(self, other: "Padding") -> bool:
@@ -138,11 +136,15 @@ _padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
 padding_now = _padding.get  # the batch's, or None: for whoever asks so often that a call counts
 
 
-@contextmanager
-def padded(padding: Padding | None) -> Iterator[None]:
+def padded(padding: Padding | None) -> AbstractContextManager[None]:
     """Within, the batch is padded so, and all of it asked for; None: not padded at all, whatever holds outside,
     but of the samples that are asked for there.
     """
+    return nullcontext() if padding is None and _padding.get() is None else _padded(padding)
+
+
+@contextmanager
+def _padded(padding: Padding | None) -> Iterator[None]:
     token = _padding.set(padding)
     try:
         with nullcontext() if padding is None else asking(None):

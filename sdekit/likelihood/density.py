@@ -21,7 +21,7 @@ from sdekit.system import differentiating, expand
 
 _VJP_NUMBERS = 2**24  # vector-Jacobian products are batched up to this many numbers at a time
 _MOST = 2**32  # bytes of the unit vectors of an exact divergence
-_NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
+NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
 
 
 _plain: list[Any] = []  # what chose the kernels, while anybody wants the plain one: the choice is the process's
@@ -62,14 +62,14 @@ class Divergence:
             x = x if graph and x.requires_grad else x.detach().requires_grad_()
             score = system.model(x, t)
             if not score.requires_grad:
-                raise ValueError(_NO_GRADIENT)
+                raise ValueError(NO_GRADIENT)
             chunks = self.vectors.split(max(1, _VJP_NUMBERS // x.numel()))
             products = []
             for i, chunk in enumerate(chunks):
                 v = chunk[:, run]
                 jv = self._pulled(score, x, v, graph or i + 1 < len(chunks), graph)
                 if jv is None:  # a graph to parameters, none to x
-                    raise ValueError(_NO_GRADIENT)
+                    raise ValueError(NO_GRADIENT)
                 products.append((v * jv).reshape(*v.shape[:2], -1).sum(2))
         out = torch.cat(products)
         # Row by row in memory: the sum of a lone column rounds otherwise than the same one among others.

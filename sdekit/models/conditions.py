@@ -78,7 +78,7 @@ def mapped(f: Callable[[Tensor], Any], y: Any) -> Any:
     return y
 
 
-def padding_in(score: Any, data: Tensor) -> Tensor | None:
+def mask_of_padding(score: Any, data: Tensor) -> Tensor | None:
     """A condition that is a mask of padded data, it seems: bool, of their first axes, and all they hold there is 0."""
     conditions, found = getattr(score, "conditions", None), []
 

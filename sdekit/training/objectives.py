@@ -21,6 +21,7 @@ from torch import Tensor
 from sdekit import _checks
 from sdekit.batch import entries, event_mean, only_real
 from sdekit.likelihood.bound import log_bin_probability
+from sdekit.likelihood.density import NO_GRADIENT
 from sdekit.likelihood.quantization import Quantization
 from sdekit.models.network import NetworkScore, eps_slope, prediction_target
 from sdekit.processes.kinds import BLIND, Kind, express, kind_of, zero_signal
@@ -30,8 +31,6 @@ from sdekit.system import NOTHING, Score, differentiating, expand, ordinary
 
 Objective = Callable[[NetworkScore, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 Weighting = Callable[[SDE, Tensor], Tensor]
-
-_NO_GRADIENT = "score must be differentiable in x for its divergence; take no_grad or detach out of it"
 
 
 def edm(sigma_data: float = 0.5) -> Weighting:
@@ -272,11 +271,11 @@ def _square_and_products(score: Score, x: Tensor, t: Tensor, vectors: Iterable[T
         x = ordinary(x).detach().requires_grad_()
         s = only_real(score(x, ordinary(t)))
         if not s.requires_grad:
-            raise ValueError(_NO_GRADIENT)
+            raise ValueError(NO_GRADIENT)
         for v in vectors:
             (jv,) = torch.autograd.grad(s, x, v, create_graph=graph, retain_graph=True, allow_unused=True)
             if jv is None:  # a graph to the weights, none to x
-                raise ValueError(_NO_GRADIENT)
+                raise ValueError(NO_GRADIENT)
             products.append((_wide(v) * _wide(jv)).reshape(len(x), -1).sum(1))
     return event_mean(_wide(s).square()), torch.stack(products)
 

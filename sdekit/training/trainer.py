@@ -125,7 +125,7 @@ def train(
     lr, clip = _checks.positive(lr, "lr"), _checks.positive(clip, "clip")
     decay = _checks.lookup({"cosine": _cosine, "constant": lambda fraction: 1.0}, schedule, "schedule")
     to_time = times if callable(times) else _checks.lookup(TIMES, times, "times")(sde)
-    said = None if objective is None else getattr(objective, "__qualname__", repr(objective)).partition(".")[0]
+    named = None if objective is None else getattr(objective, "__qualname__", repr(objective)).partition(".")[0]
     objective = denoising() if objective is None else _objective(objective)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ranks, run = Ranks.here(), None if out is None else Path(out)
@@ -136,7 +136,7 @@ def train(
         "label_drop": label_drop, "mask": mask, "seed": seed, "bf16": bf16, "process": _fingerprint(sde),
         "times": times if isinstance(times, str) else "a callable",
         "init": None if init is None else str(Path(init).resolve()),
-        "objective": said, **(about or {}),
+        "objective": named, **(about or {}),
     }  # fmt: skip
     change, classes = asked_for(change, resume), getattr(network, "classes", None)
     data, given = checked(data, labels, classes, label_drop > 0, mask, sde)

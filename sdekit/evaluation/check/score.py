@@ -12,7 +12,7 @@ from sdekit.evaluation.check.probe import Probe, own_clock, told
 from sdekit.evaluation.check.readings import OWN, Reading
 from sdekit.evaluation.parts import Figure, Line, Verdict
 from sdekit.evaluation.report import Report
-from sdekit.models.conditions import padding_in
+from sdekit.models.conditions import mask_of_padding
 from sdekit.processes.counted import as_model
 from sdekit.processes.kinds import BLIND, zero_signal
 from sdekit.processes.law import require_same
@@ -61,7 +61,7 @@ def check_score(
     data = _checks.state(data, "data").detach()
     if len(data) < 2:
         raise ValueError(f"data must be samples (N, *event) with N of at least 2, got {tuple(data.shape)}")
-    if (mask := padding_in(score, data)) is not None:
+    if (mask := mask_of_padding(score, data)) is not None:
         raise ValueError(
             f"data are padded, it seems, by the condition {shown(mask)}, and every entry is looked at here: give "
             "samples of one size, without padding (a mask of another kind passes as floating numbers)"
